@@ -1,0 +1,210 @@
+"""Checkpoints: plain tensors and JSON to a folder and back; atomic, verified, the newest good one first.
+
+A checkpoint is a folder ``step-000000600`` of ``NAME.safetensors`` files, ``state.json`` and, written last,
+``manifest.json`` with the size and SHA-256 of each file. It is written under a temporary name in the same folder, flushed
+to the disk, and renamed: a folder of the final name is whole, or somebody has damaged it, which the manifest shows.
+Nothing here unpickles, and nothing here knows of ranks: one process writes, and any may read.
+
+    python -m digitdist.checkpoint verify RUN
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+MANIFEST = "manifest.json"
+STATE = "state.json"
+Tensors = dict[str, Tensor]
+
+
+class DamagedCheckpoint(Exception):
+    """A checkpoint that must not be used; the message names the file and what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds: groups of named tensors (model, optimizer, ema), and plain JSON values."""
+
+    tensors: dict[str, Tensors]
+    state: dict[str, Any]
+    folder: Path | None = None
+
+    @property
+    def step(self) -> int:
+        return int(self.state["step"])
+
+
+def folder_name(step: int) -> str:
+    return f"step-{step:09d}"
+
+
+def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over name, shape, dtype and bytes of each parameter and buffer, in name order."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write(
+    parent: Path, checkpoint: Checkpoint, keep: int, best: str | None = None, on_file: Callable[[], None] = lambda: None
+) -> Path:
+    """Writes one checkpoint into `parent`, verifies it, and then prunes all but the last `keep` and the one named `best`.
+
+    `on_file` is called after each file. A failure leaves the older checkpoints as they were.
+
+    Raises:
+        OSError: the disk is full, or writing fails.
+        DamagedCheckpoint: what was read back is not what was written.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    final = parent / folder_name(checkpoint.step)
+    for stale in parent.glob(".step-*.tmp"):  # a process died while it wrote this
+        shutil.rmtree(stale)
+    if is_good(final):  # the same step of the same run, gone through again after a restart, has the same content
+        return final
+    temporary = parent / f".{final.name}.tmp"
+    try:
+        temporary.mkdir()
+        sums = {}
+        for name, data in _files(checkpoint):
+            _write_synced(temporary / name, data)
+            sums[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            on_file()
+        _write_synced(temporary / MANIFEST, json.dumps({"files": sums}, indent=1).encode())
+        _sync_folder(temporary)
+        verify(temporary)
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+        _sync_folder(parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    prune(parent, keep, best)
+    return final
+
+
+def prune(parent: Path, keep: int, best: str | None = None) -> None:
+    """Removes all but the last `keep` checkpoints that are good, and the one named `best`."""
+    good = [folder for folder in folders(parent) if is_good(folder)]
+    for folder in folders(parent):
+        if folder not in good[-keep:] and folder.name != best:
+            shutil.rmtree(folder)
+
+
+def folders(parent: Path) -> list[Path]:
+    """The checkpoints in `parent`, oldest first, good or not."""
+    return sorted(folder for folder in parent.glob("step-*") if folder.is_dir())
+
+
+def verify(folder: Path) -> None:
+    """Holds every file against the manifest.
+
+    Raises:
+        DamagedCheckpoint: a file is missing, too many, a link, outside the folder, or not as it was written.
+    """
+    _read_verified(folder)
+
+
+def is_good(folder: Path) -> bool:
+    try:
+        verify(folder)
+    except DamagedCheckpoint:
+        return False
+    return True
+
+
+def read(folder: Path) -> Checkpoint:
+    """Reads one checkpoint; its tensors are on the CPU.
+
+    Raises:
+        DamagedCheckpoint: it is not whole; nothing of it has been used.
+    """
+    files = _read_verified(folder)
+    try:
+        state = json.loads(files.pop(STATE))
+        tensors = {name.removesuffix(".safetensors"): safetensors.torch.load(data) for name, data in files.items()}
+        return Checkpoint(tensors, state, folder)
+    except (KeyError, ValueError, safetensors.SafetensorError) as error:
+        raise DamagedCheckpoint(f"{folder}: not a checkpoint of this program ({error})") from None
+
+
+def newest_good(parent: Path, say: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint in `parent` that is whole; each damaged one on the way is named through `say`."""
+    for folder in reversed(folders(parent)):
+        try:
+            return read(folder)
+        except DamagedCheckpoint as damage:
+            say(f"skipped a damaged checkpoint: {damage}")
+    return None
+
+
+def _files(checkpoint: Checkpoint) -> Iterator[tuple[str, bytes]]:
+    for name, tensors in checkpoint.tensors.items():
+        # Clones, since safetensors refuses tensors that share memory, as tied weights do.
+        plain = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+        yield f"{name}.safetensors", safetensors.torch.save(plain)
+    yield STATE, json.dumps(checkpoint.state, indent=1).encode()
+
+
+def _read_verified(folder: Path) -> dict[str, bytes]:
+    """The files of a checkpoint, each read once and held against the manifest."""
+    try:
+        manifest = folder / MANIFEST
+        if folder.is_symlink() or manifest.is_symlink():
+            raise DamagedCheckpoint(f"{folder}: is a link")
+        files = json.loads(manifest.read_bytes())["files"]
+        wanted = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
+    except OSError as error:
+        raise DamagedCheckpoint(f"{folder}/{MANIFEST}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise DamagedCheckpoint(f"{folder}/{MANIFEST}: not a manifest") from None
+    there = {path.name for path in folder.iterdir()} - {MANIFEST}
+    if there != wanted.keys():
+        missing, extra = sorted(wanted.keys() - there), sorted(there - wanted.keys())
+        raise DamagedCheckpoint(
+            f"{folder}: " + ", ".join([f"{name} is missing" for name in missing] + [f"{name} is extra" for name in extra])
+        )
+    data = {}
+    for name, (size, sha256) in wanted.items():  # names of this very folder, as just seen: no way out of it
+        path = folder / name
+        if path.is_symlink() or not path.is_file():
+            raise DamagedCheckpoint(f"{path}: not a plain file")
+        data[name] = path.read_bytes()
+        if len(data[name]) != size:
+            raise DamagedCheckpoint(f"{path}: {len(data[name])} bytes, {size} were written")
+        if hashlib.sha256(data[name]).hexdigest() != sha256:
+            raise DamagedCheckpoint(f"{path}: its SHA-256 is not that of what was written")
+    if STATE not in data:
+        raise DamagedCheckpoint(f"{folder}: {STATE} is missing")
+    return data
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,234 @@
+"""Predictions of all ranks, each image exactly once; counts, confusion, and the evidence for them.
+
+python -m digitdist.evaluate RUN
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from digitdist import checkpoint, models, runtime
+from digitdist.config import Config, UserError, load
+from digitdist.data import SPECS, ImageSet, Sharding, load_splits, loader, normalise
+from digitdist.models import NUM_CLASSES
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One row an image, sorted by index: `index`, `label`, `prediction` int64 [n], `probability`, `loss` float32 [n].
+
+    `probability` is the model's for the predicted class, `loss` the cross-entropy of the image.
+    """
+
+    index: np.ndarray
+    label: np.ndarray
+    prediction: np.ndarray
+    probability: np.ndarray
+    loss: np.ndarray
+
+    @property
+    def total(self) -> int:
+        return len(self.index)
+
+    @property
+    def correct(self) -> int:
+        return int((self.label == self.prediction).sum())
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.total
+
+    @property
+    def mean_loss(self) -> float:
+        return math.fsum(self.loss.tolist()) / self.total
+
+    @property
+    def confusion(self) -> np.ndarray:
+        """int64 [10, 10]: how many images of class `row` were predicted as `column`."""
+        counts = np.bincount(self.label * NUM_CLASSES + self.prediction, minlength=NUM_CLASSES**2)
+        return counts.reshape(NUM_CLASSES, NUM_CLASSES)
+
+    @property
+    def class_accuracy(self) -> list[float | None]:
+        """Accuracy over the images of each class; None where there are none."""
+        return [int(row[i]) / int(row.sum()) if row.sum() else None for i, row in enumerate(self.confusion)]
+
+
+def evaluate(accelerator: Accelerator, model: nn.Module, images: ImageSet, config: Config) -> Evaluation:
+    """Predicts every image once, shared over all ranks. Collective: every rank must call it.
+
+    The images are cut into fixed chunks of data.eval_batch_size / sync.shards whatever the world size, so that an
+    image is always computed in the same company.
+
+    Raises:
+        RuntimeError: an index is missing, or there twice.
+    """
+    size = -(-config.data.eval_batch_size // config.sync.shards)
+    chunks = list(torch.arange(len(images)).split(size))
+    mine = Sharding.of(len(chunks), accelerator.process_index, accelerator.num_processes).mine
+    whole = [torch.empty(0, 3, dtype=torch.int64, device=accelerator.device)]
+    parts = [torch.empty(0, 2, device=accelerator.device)]
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode(), accelerator.autocast():
+        for pixels, labels, indices in loader(images, [chunks[i] for i in mine]):
+            logits = model(normalise(pixels, SPECS[config.data.name])).float()
+            probability, prediction = logits.softmax(1).max(1)
+            loss = F.cross_entropy(logits, labels, reduction="none")
+            whole.append(torch.stack([indices, labels, prediction], 1))
+            parts.append(torch.stack([probability, loss], 1))
+    model.train(was_training)
+    rows = -(-len(chunks) // accelerator.num_processes) * size  # no rank has more
+    integers = _gather(accelerator, torch.cat(whole), rows, padding=-1)
+    numbers = _gather(accelerator, torch.cat(parts), rows, padding=-1)
+    order = np.argsort(integers[:, 0], kind="stable")
+    order = order[integers[order, 0] >= 0]
+    integers, numbers = integers[order], numbers[order]
+    certify(integers[:, 0], images.indices)
+    return Evaluation(*integers.T, *numbers.T)
+
+
+def certify(index: np.ndarray, wanted: Tensor) -> None:
+    """Refuses a result in which an image is missing or counted twice.
+
+    Raises:
+        RuntimeError: the sorted `index` is not `wanted`, once each.
+    """
+    expected = np.sort(wanted.cpu().numpy())
+    if not np.array_equal(index, expected):
+        distinct = len(np.unique(index))
+        raise RuntimeError(f"{len(index)} predictions of {distinct} distinct images; {len(expected)} are wanted, once each")
+
+
+def wilson_interval(correct: int, total: int) -> tuple[float, float]:
+    """The 95 % score interval for a proportion (E. B. Wilson, JASA 22, 1927)."""
+    z = 1.959963984540054
+    share, scale = correct / total, 1 + z * z / total
+    centre = (share + z * z / (2 * total)) / scale
+    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / scale
+    return centre - half, centre + half
+
+
+def in_words(result: Evaluation) -> str:
+    low, high = wilson_interval(result.correct, result.total)
+    return (
+        f"{result.correct:,}/{result.total:,} correct = {100 * result.accuracy:.2f} %"
+        f" (95 % interval {100 * low:.2f} to {100 * high:.2f} %), loss {result.mean_loss:.4f}"
+    )
+
+
+def save_predictions(result: Evaluation, file: Path) -> None:
+    """Writes index, label, prediction and probability of each image as `file`, in one move."""
+    buffer = io.BytesIO()
+    np.savez_compressed(
+        buffer, index=result.index, label=result.label, prediction=result.prediction, probability=result.probability
+    )
+    temporary = file.with_name(f".{file.name}.tmp")
+    temporary.write_bytes(buffer.getvalue())
+    os.replace(temporary, file)
+
+
+def find_run(name: str, runs: str = "runs") -> Path:
+    """The folder of a run, named by its folder or by its name in `runs`.
+
+    Raises:
+        UserError: there is none.
+    """
+    for folder in (Path(name), Path(runs) / name):
+        if (folder / "config.yaml").is_file():
+            return folder
+    there = sorted(path.parent.name for path in Path(runs).glob("*/config.yaml"))
+    known = f"in {runs} there are {', '.join(there)}" if there else f"there is no run in {runs}"
+    raise UserError(f"{name}: no run of that folder or name (a run has a config.yaml); {known}")
+
+
+def read_checkpoint(run: Path, which: str) -> checkpoint.Checkpoint:
+    """The checkpoint `which` of a run: `last` (the newest good one), `best` by validation accuracy, or a step.
+
+    Raises:
+        UserError: there is no such checkpoint, or it is damaged.
+    """
+    folder = run / "checkpoints"
+    last = checkpoint.newest_good(folder, runtime.say)
+    if last is None:
+        raise UserError(f"{run}: no good checkpoint in {folder}; train the run first")
+    if which == "last":
+        return last
+    if which == "best":
+        if not last.state["best"]:
+            raise UserError(f"{run}: no best checkpoint; it is chosen only where data.validation holds images out")
+        which = str(last.state["best"]["step"])
+    if not which.isdecimal():
+        raise UserError(f"--checkpoint {which} is not allowed; it takes last, best or a step")
+    try:
+        return checkpoint.read(folder / checkpoint.folder_name(int(which)))
+    except checkpoint.DamagedCheckpoint as damage:
+        raise UserError(f"{damage}; checkpoints of this run: {[f.name for f in checkpoint.folders(folder)]}") from None
+
+
+def load_weights(model: nn.Module, stored: checkpoint.Checkpoint) -> None:
+    """Puts the weights that a run is judged by (the moving average where there is one) into `model`."""
+    try:
+        model.load_state_dict(stored.tensors.get("ema") or stored.tensors["model"])
+    except RuntimeError as error:
+        raise UserError(f"{stored.folder} does not fit the model: {' '.join(str(error).split())}") from None
+
+
+def _gather(accelerator: Accelerator, rows: Tensor, length: int, padding: int) -> np.ndarray:
+    """The rows of all ranks, each rank's padded to `length`, since a collective wants one shape. Collective."""
+    padded = F.pad(rows, (0, 0, 0, length - len(rows)), value=padding)
+    return accelerator.gather(padded).cpu().numpy()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m digitdist.evaluate",
+        description="The exact accuracy of a run's checkpoint, on any number of processes.",
+        epilog="example: python -m digitdist.evaluate runs/quick --split test",
+    )
+    parser.add_argument("run", metavar="RUN", help="a run's folder, or its name in run.dir")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration, such as data.root=data")
+    parser.add_argument("--checkpoint", default="last", metavar="WHICH", help="last, best, or a step (default: last)")
+    parser.add_argument("--split", choices=("test", "validation", "train"), default="test")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    arguments = parser.parse_args()
+
+    runs = load((), [o for o in arguments.overrides if o.startswith("run.dir=")]).run.dir
+    run = find_run(arguments.run, runs)
+    config = load([str(run / "config.yaml")], ["checkpoint.resume=auto", *arguments.overrides])
+    plan = runtime.plan(config)
+    images = getattr(load_splits(config.data, config.seed), arguments.split)
+    if not len(images):
+        raise UserError(f"--split {arguments.split}: the run held no images out; set data.validation")
+    stored = read_checkpoint(run, arguments.checkpoint)
+    model = models.build(config.model, config.seed)
+    load_weights(model, stored)
+    accelerator = runtime.start(config, plan)
+    model.to(accelerator.device).to(memory_format=torch.channels_last)
+    result = evaluate(accelerator, model, images.to(accelerator.device), config)
+    if arguments.json:
+        report = {"run": str(run), "step": stored.step, "split": arguments.split, "correct": result.correct}
+        report |= {"total": result.total, "accuracy": result.accuracy, "loss": result.mean_loss}
+        report |= {"class_accuracy": result.class_accuracy, "confusion": result.confusion.tolist()}
+        runtime.say(json.dumps(report))
+    else:
+        runtime.say(f"{run} at step {stored.step:,}, {config.data.name} {arguments.split}: {in_words(result)}")
+        names = zip(SPECS[config.data.name].classes, result.class_accuracy, strict=True)
+        runtime.say("of each class: " + ", ".join(f"{n} {100 * a:.2f} %" for n, a in names if a is not None))
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    runtime.run_command(main)

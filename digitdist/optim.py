@@ -1,0 +1,89 @@
+"""The optimizer, and the learning rate as arithmetic on the step: there is no scheduler to save, prepare or step twice."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from digitdist.checkpoint import Tensors
+from digitdist.config import OptimConfig, ScheduleConfig
+
+
+def build(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """The configured optimizer over all parameters of `model`, in its fused form: one pass over the weights a step."""
+    options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
+    if config.name == "sgd":
+        kind: type[torch.optim.Optimizer] = torch.optim.SGD
+        options |= {"momentum": config.momentum, "nesterov": config.momentum > 0}
+    else:
+        kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
+        options |= {"betas": (config.beta1, config.beta2)}
+    return _unwrapped(kind)(model.parameters(), **options)
+
+
+def _unwrapped(kind: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
+    """An optimizer class with the methods as torch wrote them.
+
+    The wrappers that torch puts around them only shield them from its compiler, and import it for that: 1 s before the
+    first step.
+    """
+    names = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
+    methods = {name: inspect.unwrap(getattr(kind, name)) for name in names}
+    return type(kind.__name__, (kind,), methods | {"step": torch.no_grad()(inspect.unwrap(kind.step))})
+
+
+def learning_rate(step: int, total_steps: int, steps_per_epoch: int, schedule: ScheduleConfig, peak: float) -> float:
+    """The rate of the update that follows `step`, for steps 0..total_steps-1.
+
+    constant, step, cosine: a linear warm-up over `warmup_steps`, then peak; peak · gamma^k after k·step_epochs epochs;
+    half a cosine from peak to final·peak. onecycle: cosines from peak/25 up to peak at the fraction `peak` of all steps, and down
+    to final·peak (Smith and Topin, Super-Convergence, 2018, with the cosines of torch.optim.lr_scheduler.OneCycleLR).
+    """
+    if schedule.name == "onecycle":
+        top = schedule.peak * (total_steps - 1)
+        if step < top:
+            return _cosine(peak / 25, peak, step / top)
+        return _cosine(peak, schedule.final * peak, (step - top) / max(1, total_steps - 1 - top))
+    warmup = min(1.0, (step + 1) / (schedule.warmup_steps + 1))
+    if schedule.name == "step":
+        return warmup * peak * schedule.gamma ** (step // max(1, round(schedule.step_epochs * steps_per_epoch)))
+    if schedule.name == "cosine":
+        rest = max(1, total_steps - schedule.warmup_steps)
+        return warmup * _cosine(peak, schedule.final * peak, min(1.0, max(0, step - schedule.warmup_steps) / rest))
+    return warmup * peak
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def state_tensors(optimizer: torch.optim.Optimizer) -> Tensors:
+    """The optimizer's state, flat: ``<parameter number>.<name>`` to tensor. The rest of it follows from the configuration."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{number}.{name}": value for number, values in state.items() for name, value in values.items() if value is not None
+    }
+
+
+def load_state_tensors(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
+    """Puts back what `state_tensors` gave, each tensor in the memory layout of its parameter."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state: dict[int, Tensors] = {}
+    for key, value in tensors.items():
+        number, _, name = key.partition(".")
+        parameter = parameters[int(number)]
+        # A fused update walks parameter and state side by side in memory.
+        fits = torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
+        state.setdefault(int(number), {})[name] = fits
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _cosine(start: float, end: float, way: float) -> float:
+    """Half a cosine from `start` at 0 to `end` at 1."""
+    return end + (start - end) * (1 + math.cos(math.pi * way)) / 2

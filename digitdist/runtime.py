@@ -1,0 +1,330 @@
+"""Where a run happens: the launcher's world, device, precision, threads, signals, and the `Accelerator` over them.
+
+What a launch gets wrong is found here, before a process group exists.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn, TypeVar
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, is_bf16_available, is_fp8_available
+
+from digitdist.config import Config, UserError
+
+EXIT_FAULT, EXIT_MISTAKE, EXIT_STOPPED = 1, 2, 75
+TELL_GRACE_S = 30.0
+T = TypeVar("T")
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has been saved; the same command goes on with it."""
+
+
+@dataclass(frozen=True)
+class World:
+    """The launcher's word on this process: its number among all and among those of its host."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+
+
+def world() -> World:
+    """The world that torchrun or `accelerate launch` put into the environment; one process without them.
+
+    Raises:
+        UserError: the variables contradict each other, or several copies were started without them.
+    """
+    env = os.environ
+    if "WORLD_SIZE" not in env:
+        for starter, name in (
+            ("srun", "SLURM_STEP_NUM_TASKS"),
+            ("mpirun", "OMPI_COMM_WORLD_SIZE"),
+            ("MPI", "PMI_SIZE"),
+        ):
+            if env.get(name, "1") != "1":
+                raise UserError(
+                    f"{starter} started {env[name]} copies ({name}), but WORLD_SIZE is not set, so that each would train"
+                    " by itself; start one torchrun or accelerate launch per host"
+                )
+        return World(0, 1, 0, 1)
+    numbers = {}
+    for name, default in (
+        ("WORLD_SIZE", None),
+        ("RANK", None),
+        ("LOCAL_RANK", None),
+        ("LOCAL_WORLD_SIZE", "WORLD_SIZE"),
+    ):
+        text = env.get(name, env.get(default or "", "0" if env["WORLD_SIZE"] == "1" else ""))
+        if not text.isdecimal():
+            raise UserError(f"{name}={text!r} in the environment is no whole number; start with torchrun or accelerate launch")
+        numbers[name] = int(text)
+    size, rank = numbers["WORLD_SIZE"], numbers["RANK"]
+    local_rank, local_size = numbers["LOCAL_RANK"], numbers["LOCAL_WORLD_SIZE"]
+    if not (0 <= rank < size and 0 <= local_rank < local_size <= size):
+        raise UserError(
+            f"RANK={rank} WORLD_SIZE={size} LOCAL_RANK={local_rank} LOCAL_WORLD_SIZE={local_size} contradict each other;"
+            " start with torchrun or accelerate launch"
+        )
+    if size > 1 and not (env.get("MASTER_ADDR") and env.get("MASTER_PORT")):
+        raise UserError(
+            f"WORLD_SIZE={size}, but MASTER_ADDR or MASTER_PORT is not set; start with torchrun or accelerate launch"
+        )
+    return World(rank, size, local_rank, local_size)
+
+
+def is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(text: str) -> None:
+    """A line for the person who watches, from the main rank alone."""
+    if is_main():
+        print(text, flush=True)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a process will run on, decided from the configuration and the environment without touching a device."""
+
+    world: World
+    cpu: bool
+    device_type: str
+    precision: str
+    threads: int
+    notes: tuple[str, ...]
+
+
+def plan(config: Config) -> Plan:
+    """Decides device, precision and threads.
+
+    Raises:
+        UserError: with every mistake of the launch and of what was asked of this device.
+    """
+    mistakes: list[str] = []
+    here = world()
+    cpu = not torch.accelerator.is_available() or _flag("ACCELERATE_USE_CPU")
+    device_type = "cpu" if cpu else _accelerator_type()
+    if not cpu and here.local_size > torch.accelerator.device_count():
+        mistakes.append(
+            f"{here.local_size} processes on this host would share {torch.accelerator.device_count()} {device_type} device(s);"
+            " start at most one process per device, or set ACCELERATE_USE_CPU=true to train on CPUs"
+        )
+    for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        if _flag(f"ACCELERATE_USE_{name}"):
+            mistakes.append(f"accelerate launch asked for {name}, which is not supported; launch without it")
+    if config.sync.mode == "exact" and here.size > config.sync.shards:
+        mistakes.append(
+            f"sync.mode=exact takes at most sync.shards={config.sync.shards} processes, {here.size} were started;"
+            f" start fewer, or set sync.shards={here.size} (another number of shards gives other bits)"
+        )
+    precision, notes = "fp32", tuple[str, ...]()
+    try:
+        precision, notes = resolve_precision(config.train.precision, device_type)
+    except UserError as error:
+        mistakes += error.mistakes
+    if mistakes:
+        raise UserError(*mistakes)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    shared = 1 if config.sync.mode == "exact" else max(1, cores // here.local_size)
+    return Plan(here, cpu, device_type, precision, config.train.threads or shared, notes)
+
+
+def resolve_precision(asked: str, device_type: str) -> tuple[str, tuple[str, ...]]:
+    """The effective precision (fp32, bf16, fp16 or fp8) and what to say of it.
+
+    `auto` takes what `accelerate launch` was told (it puts ``no`` into the environment when it was told nothing, so ``no``
+    counts as nothing), else the device's best.
+
+    Raises:
+        UserError: the precision asked for cannot be had on this device.
+    """
+    reasons = {
+        "bf16": None if device_type == "cpu" or _has_bf16(device_type) else f"this {device_type} device has no bf16",
+        "fp16": None if device_type in ("cuda", "xpu") else f"fp16 autocast does nothing on {device_type}",
+        "fp8": None if device_type == "cuda" and is_fp8_available() else "fp8 needs a CUDA device and an fp8 library",
+        "fp32": None,
+    }
+    possible = [name for name, reason in reasons.items() if reason is None]
+    if asked == "no":
+        asked = "fp32"
+    if asked != "auto":
+        if reasons[asked]:
+            raise UserError(
+                f"train.precision={asked} cannot be had: {reasons[asked]}; here it takes auto, {', '.join(sorted(possible))}"
+            )
+        return asked, ()
+    best = "fp32" if device_type == "cpu" else next(name for name in ("bf16", "fp16", "fp32") if name in possible)
+    told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if told not in reasons:  # "no", or nothing that is known
+        return best, ()
+    if reasons[told]:
+        return best, (f"accelerate launch asked for {told}: {reasons[told]}; training goes on in {best}",)
+    return told, ()
+
+
+def start(config: Config, plan: Plan) -> Accelerator:
+    """Builds the `Accelerator`. Collective: every rank must call it; it makes the process group.
+
+    Raises:
+        UserError: the world that Accelerate made is not the launcher's.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", str(plan.threads))  # Accelerate warns where it is not set
+    # Accelerate passes DistributedDataParallel an argument that has a new name.
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+    if config.sync.mode == "exact":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    accelerator = Accelerator(
+        cpu=plan.cpu,
+        mixed_precision="no" if plan.precision == "fp32" else plan.precision,
+        # Said outright, since Accelerate would otherwise take it from the environment and divide the loss by it.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(seconds=config.sync.timeout_s)),
+            # A rank's buffers matter only in evaluations and checkpoints, before which rank 0's are sent to all.
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+        ],
+    )
+    torch.set_num_threads(plan.threads)  # after Accelerate, which sets its own
+    if accelerator.num_processes != plan.world.size:
+        raise UserError(
+            f"the launcher started {plan.world.size} processes, Accelerate sees {accelerator.num_processes};"
+            " start with torchrun or accelerate launch --multi_gpu"
+        )
+    return accelerator
+
+
+def on_main(accelerator: Accelerator, act: Callable[[], T]) -> T:
+    """What `act` gives on the main rank, on every rank. Collective: every rank must call it.
+
+    A `UserError` that it raises there is raised on every rank.
+    """
+    box: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            box[0] = act()
+        except UserError as error:
+            box[1] = error.mistakes
+    broadcast_object_list(box)
+    if box[1] is not None:
+        raise UserError(*box[1])
+    return box[0]
+
+
+def device_name(plan: Plan) -> str:
+    """The maker's name for the device that a process of this plan runs on."""
+    if plan.device_type in ("cuda", "xpu"):
+        return getattr(torch, plan.device_type).get_device_name()
+    if plan.device_type == "cpu" and Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+    return platform.machine()
+
+
+class StopRequest:
+    """SIGTERM, SIGINT and SIGUSR1 as a flag that the trainer reads; a second SIGINT ends the process at once."""
+
+    def __init__(self) -> None:
+        self.signal_name: str | None = None
+        self._first_s = self._looked_s = 0.0
+        for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+            if hasattr(signal, name):  # a platform may lack some
+                signal.signal(getattr(signal, name), self._handle)
+
+    def wanted(self, stop_file: Path) -> bool:
+        """True once this process has had a signal, or the main rank has seen `stop_file`, for which it looks twice a second."""
+        now = time.monotonic()
+        if self.signal_name is None and is_main() and now - self._looked_s > 0.5:
+            self._looked_s = now
+            if stop_file.exists():
+                self.signal_name = stop_file.name
+        return self.signal_name is not None
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        # A launcher passes a terminal's ^C on to processes that have had it from the terminal already.
+        if number == signal.SIGINT and self.signal_name and time.monotonic() - self._first_s > 1.0:
+            os._exit(128 + number)
+        if self.signal_name is None:
+            self.signal_name, self._first_s = signal.Signals(number).name, time.monotonic()
+
+
+class Heartbeat:
+    """Where this process is: the step it works on, and the phase of it."""
+
+    def __init__(self) -> None:
+        self.step, self.phase = 0, "start"
+
+    def enter(self, phase: str) -> None:
+        """Begins a phase: data, forward, backward, sync, update, eval or save."""
+        self.phase = phase
+
+
+def run_command(main: Callable[[], None]) -> NoReturn:
+    """Runs a command and ends the process with the exit code that its outcome has."""
+    try:
+        main()
+    except UserError as error:
+        _tell(f"error: {error}")
+        _leave(EXIT_MISTAKE)
+    except Stopped as stop:
+        say(str(stop))
+        _leave(EXIT_STOPPED)
+    except KeyboardInterrupt:
+        _leave(128 + signal.SIGINT)
+    except BrokenPipeError:  # the reader of our output has seen enough, as in `... | head`
+        os._exit(0)
+    except Exception:
+        traceback.print_exc()
+        _leave(EXIT_FAULT)
+    _leave(0)
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends the process now: no exit handler may wait for a rank that is gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _tell(text: str) -> None:
+    """Tells a mistake once a host: local rank 0 does, and the launcher then ends the other processes.
+
+    They wait for that, since local rank 0 may be slower than they are; if it does not come, they know something that
+    local rank 0 doesn't, and tell it.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(TELL_GRACE_S)
+    print(text, file=sys.stderr, flush=True)
+
+
+def _flag(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true", "yes", "on")
+
+
+def _accelerator_type() -> str:
+    device = torch.accelerator.current_accelerator()
+    return device.type if device else "cpu"
+
+
+def _has_bf16(device_type: str) -> bool:
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return is_bf16_available(ignore_tpu=True)

@@ -1,0 +1,497 @@
+"""The trainer and its command.
+
+accelerate launch -m digitdist.train [--config FILE] [key=value ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import secrets
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+from accelerate import Accelerator
+from filelock import FileLock, Timeout
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+import digitdist
+from digitdist import checkpoint, evaluate, models, optim, runtime, sync, tracking
+from digitdist import config as configuration
+from digitdist.checkpoint import Checkpoint
+from digitdist.config import Config, UserError
+from digitdist.data import Order, Splits, load_splits
+from digitdist.runtime import Plan, Stopped, say
+
+RUN_FILES = ("metrics.jsonl", "result.json", "predictions.npz", "environment.json")
+
+
+class Trainer:
+    """One training: its state is the model, the optimizer, the moving average, and the step."""
+
+    def __init__(self, config: Config, accelerator: Accelerator, splits: Splits, model: nn.Module, run: Run):
+        self.config, self.accelerator, self.run = config, accelerator, run
+        self.splits = splits.to(accelerator.device)
+        self.order = Order(len(splits.train), config.data.batch_size, config.seed)
+        self.total_steps = self.order.total_steps(config.train.epochs)
+        self.last_step = min(self.total_steps, config.train.max_steps or self.total_steps)
+
+        self.model = model.to(accelerator.device).to(memory_format=torch.channels_last)
+        self.ema = None
+        if config.optim.ema:
+            self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.optim.ema))
+        self.optimizer = optim.build(self.model, config.optim)
+        self.heartbeat = runtime.Heartbeat()
+        self.sync = sync.build(config, accelerator, self.model, self.heartbeat.enter)
+        self.stepper = accelerator.prepare_optimizer(self.optimizer)  # scales and unscales under fp16
+
+        self.step = 0
+        self.train_seconds = 0.0
+        self.best: dict[str, Any] | None = None  # step and accuracy of the best evaluation on held-out images
+        self.evaluated: tuple[int, evaluate.Evaluation | None] = (-1, None)  # last step, and the test result there
+        if run.stored:
+            self._restore(run.stored)
+        self.logged = (self.order.images_seen(self.step), self.train_seconds)  # images and seconds at the last line
+        self.stop = runtime.StopRequest()
+        self.tracker = run.tracker(config)
+        self.progress = Progress(self.order, self.total_steps, accelerator.is_main_process)
+
+    @property
+    def epoch(self) -> float:
+        return self.step / self.order.steps_per_epoch
+
+    @property
+    def judged(self) -> nn.Module:
+        """The network that is evaluated: the moving average where there is one."""
+        return self.ema.module if self.ema else self.model
+
+    def train(self) -> None:
+        """Trains from `self.step` to `self.last_step`, and writes the result. Collective: every rank must call it.
+
+        Raises:
+            Stopped: on request, after a checkpoint.
+            FloatingPointError: the loss is not finite; no weight and no checkpoint has seen it.
+        """
+        mark = time.perf_counter()
+        while self.step < self.last_step:
+            for batch in self.order.epoch_loader(self.splits.train, self.step, self.sync.sharding):
+                agreed = self.train_step(batch)
+                self.train_seconds += time.perf_counter() - mark
+
+                done = self.step == self.last_step
+                if done or self._every(self.config.train.log_every):
+                    self.log(agreed)
+                improved = False
+                if done or self._every(self.config.train.eval_every * self.order.steps_per_epoch):
+                    improved = self.score()
+                stop = agreed.stops > 0 and not done
+                if done or stop or improved or self._every(self.config.checkpoint.every_steps):
+                    self.save()
+                if stop:
+                    self._leave()
+                mark = time.perf_counter()
+                if done:
+                    break
+                self.heartbeat.enter("data")
+        self.finish()
+
+    def train_step(self, batch: sync.Batch) -> sync.Agreed:
+        """One update by the gradient of a whole global batch, of which `batch` is this rank's share. Collective."""
+        self.heartbeat.step = self.step + 1
+        config = self.config.optim
+        count = self.order.batch_count(self.step)
+        agreed = self.sync.gradients(batch, count, self.step, self.stop.wanted(self.run.stop_file))
+        sync.check_finite(agreed, self.sync.own_losses, self.step + 1)
+        self.heartbeat.enter("update")
+        if config.clip_norm:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), config.clip_norm)
+        optim.set_learning_rate(self.optimizer, self.learning_rate())
+        self.stepper.step()
+        self.stepper.zero_grad()
+        if self.ema:
+            self.ema.update_parameters(self.model)
+        self.step += 1
+        if self.config.sync.check_every and self._every(self.config.sync.check_every):
+            self._check_equal()
+        return agreed
+
+    def learning_rate(self) -> float:
+        """Of the update that follows `self.step`."""
+        steps = self.order.steps_per_epoch
+        return optim.learning_rate(self.step, self.total_steps, steps, self.config.schedule, self.config.optim.lr)
+
+    def log(self, agreed: sync.Agreed) -> None:
+        """The training line of the step just taken, whose loss is that of its global batch before the update."""
+        images, seconds = self.logged
+        self.logged = (self.order.images_seen(self.step), self.train_seconds)
+        rate = (self.logged[0] - images) / (self.logged[1] - seconds)
+        values = {"train/loss": agreed.loss, "train/lr": self.optimizer.param_groups[0]["lr"]}
+        self.tracker.log(values | {"train/images_per_second": rate}, self.step, self.epoch)
+        self.progress.show(self.step, agreed.loss, rate)
+
+    def score(self) -> bool:
+        """Scores the held-out and the test images, logs them; True where the held-out score is the best. Collective."""
+        if self.evaluated[0] == self.step:  # before a restart
+            return False
+        self.heartbeat.enter("eval")
+        improved, values = False, {}
+        if len(self.splits.validation):
+            held_out = self._score("validation")
+            values = _metrics("validation", held_out)
+            improved = self.best is None or held_out.accuracy > self.best["accuracy"]
+            if improved:
+                self.best = {"step": self.step, "accuracy": held_out.accuracy}
+        test = self._score("test")
+        self.evaluated = (self.step, test)
+        self.tracker.log(values | _metrics("test", test), self.step, self.epoch)
+        self.progress.show_test(self.epoch, test)
+        return improved
+
+    def save(self) -> None:
+        """Writes a checkpoint, by the main rank. Collective: every rank must call it."""
+        self.heartbeat.enter("save")
+        self.sync.agree_on_buffers(self._networks())
+        if not all(bool(t.isfinite().all()) for t in self.model.state_dict().values()):
+            raise FloatingPointError(f"a weight is not finite after step {self.step}; no checkpoint has seen it")
+        if self.accelerator.is_main_process:
+            best = checkpoint.folder_name(self.best["step"]) if self.best else None
+            checkpoint.write(self.run.checkpoints, self._checkpoint(), self.config.checkpoint.keep, best)
+
+    def finish(self) -> None:
+        """Writes predictions and result, and tells them. Collective: every rank must call it."""
+        self.progress.close()
+        self.heartbeat.enter("eval")
+        result = self.evaluated[1] or self._score("test")
+        if self.accelerator.is_main_process:
+            seen = self.order.images_seen(self.step)
+            report = {
+                "test_correct": result.correct,
+                "test_total": result.total,
+                "test_accuracy": result.accuracy,
+                "test_loss": result.mean_loss,
+                "epochs": self.epoch,
+                "steps": self.step,
+                "world_size": self.accelerator.num_processes,
+                "device": self.accelerator.device.type,
+                "precision": self.run.plan.precision,
+                "images_per_second": seen / self.train_seconds if self.train_seconds else None,
+                "train_seconds": self.train_seconds,
+                "weights_sha256": checkpoint.weights_sha256(self.judged.state_dict()),
+            }
+            evaluate.save_predictions(result, self.run.folder / "predictions.npz")
+            _write_whole(self.run.folder / "result.json", json.dumps(report, indent=1) + "\n")
+            self.tracker.finish(report)
+            say(f"\n{self.config.data.name} test: {evaluate.in_words(result)}")
+            if self.train_seconds:
+                say(f"trained {seen:,} images in {self.train_seconds:.1f} s, {seen / self.train_seconds:,.0f} images/s")
+            say(f"files in {self.run.folder}; next: python -m digitdist.evaluate {self.run.folder}")
+
+    def _leave(self) -> None:
+        """Ends a run that was asked to stop, after its checkpoint."""
+        self.progress.close()
+        if self.accelerator.is_main_process:
+            self.run.stop_file.unlink(missing_ok=True)
+            self.tracker.finish({})
+        raise Stopped(
+            f"stopped on request after step {self.step:,}, saved in {self.run.folder};"
+            f" to go on, run the same command again (with run.name={self.run.folder.name})"
+        )
+
+    def _every(self, steps: int) -> bool:
+        return steps > 0 and self.step % steps == 0
+
+    def _networks(self) -> list[nn.Module]:
+        return [self.model, self.judged] if self.ema else [self.model]
+
+    def _score(self, split: str) -> evaluate.Evaluation:
+        self.sync.agree_on_buffers(self._networks())
+        return evaluate.evaluate(self.accelerator, self.judged, getattr(self.splits, split), self.config)
+
+    def _check_equal(self) -> None:
+        tensors: dict[str, torch.Tensor] = dict(self.model.named_parameters())
+        if self.config.sync.mode == "exact":  # in ddp, a rank's buffers are its own until they are needed
+            tensors |= dict(self.model.named_buffers())
+        sync.check_equal(tensors, self.step)
+
+    def _checkpoint(self) -> Checkpoint:
+        tensors = {"model": self.model.state_dict(), "optimizer": optim.state_tensors(self.optimizer)}
+        if self.ema:
+            tensors["ema"] = self.ema.module.state_dict()
+        state = {
+            "step": self.step,
+            "train_seconds": self.train_seconds,
+            "evaluated_step": self.evaluated[0],
+            "best": self.best,
+            "precision": self.run.plan.precision,
+            "world_size": self.accelerator.num_processes,
+            "wandb_id": self.run.wandb_id,
+            "config": configuration.as_dict(self.config),
+        }
+        if self.accelerator.scaler:
+            state["scaler"] = self.accelerator.scaler.state_dict()
+        return Checkpoint(tensors, state)
+
+    def _restore(self, stored: Checkpoint) -> None:
+        self.model.load_state_dict(stored.tensors["model"])
+        optim.load_state_tensors(self.optimizer, stored.tensors["optimizer"])
+        if self.ema:
+            self.ema.module.load_state_dict(stored.tensors["ema"])
+            self.ema.n_averaged.fill_(stored.step)
+        if self.accelerator.scaler and "scaler" in stored.state:
+            self.accelerator.scaler.load_state_dict(stored.state["scaler"])
+        self.step, self.train_seconds = stored.step, stored.state["train_seconds"]
+        self.best, self.evaluated = stored.state["best"], (stored.state["evaluated_step"], None)
+
+
+class Progress:
+    """What a person sees of a training: a bar on a terminal, plain lines elsewhere, nothing off the main rank."""
+
+    def __init__(self, order: Order, total_steps: int, shown: bool):
+        self.order, self.shown = order, shown
+        self.epochs = -(-total_steps // order.steps_per_epoch)
+        self.bar: Any = None
+
+    def show(self, step: int, loss: float, images_per_second: float) -> None:
+        """The training line after `step`."""
+        if not self.shown:
+            return
+        epoch, count = -(-step // self.order.steps_per_epoch), self.order.count
+        seen = self.order.images_seen(step) - (epoch - 1) * count
+        if not sys.stdout.isatty():
+            share = f"[{seen:>{len(f'{count:,}')},}/{count:,} ({100 * seen / count:3.0f} %)]"
+            print(f"Train epoch {epoch} {share} loss {loss:.4f}, {images_per_second:,.0f} images/s", flush=True)
+            return
+        title = f"epoch {epoch}/{self.epochs}"
+        if self.bar is None or self.bar.desc != f"{title}: ":
+            self.close()
+            self.bar = tqdm(total=count, desc=title, unit=" images", file=sys.stdout, leave=False, dynamic_ncols=True)
+        self.bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+        self.bar.update(seen - self.bar.n)
+
+    def show_test(self, epoch: float, result: evaluate.Evaluation) -> None:
+        """The test line after an epoch."""
+        self.close()
+        if self.shown:
+            score = f"{result.correct}/{result.total} ({100 * result.accuracy:.2f} %)"
+            print(f"Test epoch {round(epoch, 2):g}: loss {result.mean_loss:.4f}, accuracy {score}", flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+@dataclass
+class Run:
+    """A run's folder, opened by the main rank for this training and known to all."""
+
+    folder: Path
+    plan: Plan
+    wandb_id: str
+    stored: Checkpoint | None  # what it goes on from
+    finished: bool = False
+    lock: Any = None  # held by the main rank while its process lives
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def stop_file(self) -> Path:
+        return self.folder / "STOP"
+
+    def tracker(self, config: Config) -> tracking.Tracker:
+        if not runtime.is_main():
+            return tracking.NullTracker()
+        mode = tracking.wandb_mode(config.tracking.wandb, self.folder, say)
+        settings = {
+            "project": config.tracking.project,
+            "entity": config.tracking.entity,
+            "name": self.folder.name,
+            "config": configuration.as_dict(config),
+        }
+        wandb = tracking.Wandb(mode, self.folder, self.wandb_id, settings, say) if mode else None
+        return tracking.RunTracker(self.folder, wandb)
+
+
+def open_run(config: Config, plan: Plan, last_step: int, held: list[FileLock]) -> Run:
+    """Opens the run's folder on the main rank: locks it, finds what to go on from, cuts the metrics to it.
+
+    Raises:
+        UserError: another training works in the folder, or the run cannot go on with this configuration.
+    """
+    folder = Path(config.run.dir) / (config.run.name or _name_from_time(Path(config.run.dir)))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held.append(FileLock(folder / ".lock"))  # dies with this process
+        held[0].acquire(timeout=1)
+    except Timeout:
+        raise UserError(f"{folder}: another training works in this run; wait for it, or give another run.name") from None
+    except OSError as error:
+        raise UserError(f"run.dir: {error.filename}: {error.strerror}; give a folder you can write to") from None
+
+    run = Run(folder, plan, "", None)
+    if config.checkpoint.resume == "never":
+        _clear(folder)
+    run.stored = checkpoint.newest_good(run.checkpoints, say)
+    if run.stored is None and config.checkpoint.resume not in ("auto", "never"):
+        run.stored = _checkpoint_at(Path(config.checkpoint.resume))
+    if run.stored:
+        _check_unchanged(config, plan, run.stored)
+        result = folder / "result.json"
+        run.finished = run.stored.step >= last_step and result.is_file()
+        if run.finished:
+            return run
+        result.unlink(missing_ok=True)
+    starts = _read_starts(folder)
+    run.wandb_id = starts[0]["wandb_id"] if starts else secrets.token_hex(4)
+    tracking.cut_metrics(folder, run.stored.step if run.stored else -1)
+    starts.append({**environment(plan), "step": run.stored.step if run.stored else 0, "wandb_id": run.wandb_id})
+    _write_whole(folder / "environment.json", json.dumps({"starts": starts}, indent=1) + "\n")
+    config.run.name = folder.name
+    configuration.save(config, folder / "config.yaml")
+    return run
+
+
+def environment(plan: Plan) -> dict[str, Any]:
+    """What this start of a run runs on."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True) if shutil.which("git") else None
+    return {
+        "time": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "device": plan.device_type,
+        "device_name": runtime.device_name(plan),
+        "world_size": plan.world.size,
+        "precision": plan.precision,
+        "threads": plan.threads,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "digitdist": digitdist.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "accelerate": accelerate.__version__,
+        "git_commit": commit.stdout.strip() if commit and commit.returncode == 0 else None,
+        "command": sys.argv,
+    }
+
+
+def introduction(config: Config, plan: Plan, splits: Splits, order: Order, last_step: int, run: Run) -> str:
+    """The first lines of a run: what it runs on, and what it is about to do."""
+    world, accumulate = plan.world.size, config.train.accumulate
+    low, high = order.batch_size // (world * accumulate), -(-order.batch_size // (world * accumulate))
+    share = f"{high}" if low == high else f"{low} or {high}"
+    hosts = "" if world == plan.world.local_size else ", on several hosts"
+    processes = f"{world} process{'es' if world > 1 else ''}{hosts}"
+    held_out = f", {len(splits.validation):,} held out" if len(splits.validation) else ""
+    state = f"goes on from step {run.stored.step:,}" if run.stored else "starts"
+    lines = [
+        *plan.notes,
+        f"device     {plan.device_type} ({runtime.device_name(plan)}), world size {world}: {processes}",
+        f"precision  {plan.precision}, sync {config.sync.mode}, threads {plan.threads} a process",
+        f"batch      {order.batch_size:,} global = {share} per rank × {world} rank{'s' if world > 1 else ''}"
+        f" × {accumulate} accumulated",
+        f"data       {config.data.name}: {len(splits.train):,} images to train{held_out}, {len(splits.test):,} to test",
+        f"steps      {last_step:,}, {order.steps_per_epoch:,} an epoch",
+        f"run        {run.folder} {state}",
+    ]
+    return "\n".join(lines)
+
+
+def _name_from_time(runs: Path) -> str:
+    name = datetime.now().strftime("%Y%m%d-%H%M%S")
+    return next(n for n in (name, *(f"{name}-{i}" for i in range(2, 1000))) if not (runs / n).exists())
+
+
+def _clear(folder: Path) -> None:
+    """Removes what a former training has left in the folder of a run that starts over."""
+    for name in ("checkpoints", "wandb", "plots"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in RUN_FILES:
+        (folder / name).unlink(missing_ok=True)
+
+
+def _checkpoint_at(path: Path) -> Checkpoint:
+    """The checkpoint in `path`, or the newest good one of the run there."""
+    try:
+        stored = checkpoint.newest_good(path / "checkpoints", say) or checkpoint.read(path)
+    except checkpoint.DamagedCheckpoint as damage:
+        raise UserError(f"checkpoint.resume={path}: {damage}; give auto, never or a good checkpoint's folder") from None
+    return stored
+
+
+def _check_unchanged(config: Config, plan: Plan, stored: Checkpoint) -> None:
+    """Refuses to go on under a configuration that would give another result than the one the run began with."""
+    differences = configuration.changes(stored.state["config"], configuration.as_dict(config))
+    if stored.state["precision"] != plan.precision:
+        differences.append(f"effective train.precision was {stored.state['precision']} and is now {plan.precision}")
+    if differences and not config.checkpoint.allow_change:
+        advice = "set it back, give another run.name, or set checkpoint.allow_change=true"
+        raise UserError(*(f"{stored.folder}: {difference}; {advice}" for difference in differences))
+
+
+def _read_starts(folder: Path) -> list[dict[str, Any]]:
+    try:
+        return json.loads((folder / "environment.json").read_text())["starts"]
+    except FileNotFoundError:
+        return []
+
+
+def _metrics(split: str, result: evaluate.Evaluation) -> dict[str, float]:
+    values = {"loss": result.mean_loss, "accuracy": result.accuracy, "correct": result.correct, "total": result.total}
+    return {f"{split}/{name}": value for name, value in values.items()}
+
+
+def _write_whole(file: Path, text: str) -> None:
+    """The whole text or the old file, whatever happens meanwhile."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, file)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="accelerate launch -m digitdist.train",
+        description="Trains a digit CNN on whatever the launcher gives: one CPU, one GPU, many of them, many hosts.",
+        epilog="example: accelerate launch -m digitdist.train --config configs/quick.yaml train.epochs=1\n\n"
+        + configuration.describe(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="a YAML file; may be repeated")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides the files; the last one wins")
+    arguments = parser.parse_args()
+
+    config = configuration.load(arguments.config, arguments.overrides)
+    plan = runtime.plan(config)
+    if config.tracking.wandb == "online" and not tracking.has_wandb_key():
+        raise UserError("tracking.wandb=online needs a key: run wandb login, or set tracking.wandb=offline")
+    splits = load_splits(config.data, config.seed)
+    model = models.build(config.model, config.seed)
+    order = Order(len(splits.train), config.data.batch_size, config.seed)
+    last_step = min(order.total_steps(config.train.epochs), config.train.max_steps or sys.maxsize)
+
+    accelerator = runtime.start(config, plan)
+    held: list[FileLock] = []  # for as long as this process lives
+    run = runtime.on_main(accelerator, lambda: open_run(config, plan, last_step, held))
+    if run.finished and run.stored:
+        say(f"{run.folder} is finished, at step {run.stored.step:,}; raise train.epochs or train.max_steps to go on")
+    else:
+        say(introduction(config, plan, splits, order, last_step, run))
+        Trainer(config, accelerator, splits, model, run).train()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    runtime.run_command(main)
