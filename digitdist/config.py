@@ -5,6 +5,7 @@ Every mistake is found before anything is started, and all mistakes are told tog
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import functools
@@ -184,8 +185,10 @@ class Key:
         """What may stand there, in words."""
         if self.choices:
             return "one of " + ", ".join(self.choices)
+        if self.free:
+            return "a mapping"
         kinds = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-        words = next((word for kind, word in kinds.items() if self.takes(kind)), "a mapping")
+        words = next(word for kind, word in kinds.items() if self.takes(kind))
         bounds = [
             f"{label} {bound:g}" if abs(bound) < 1e6 else f"{label} {int(bound)}"
             for label, bound in (("at least", self.low), ("above", self.above), ("at most", self.high))
@@ -210,10 +213,21 @@ GROUPS = {name.rpartition(".")[0] for name in KEYS} - {""}
 
 
 def load(files: Sequence[str] = (), overrides: Sequence[str] = ()) -> Config:
-    """The defaults, then each YAML file, then each ``key=value``: the later one wins.
+    """What `read` gives.
 
     Raises:
-        UserError: with every mistake found, naming key, value, what is allowed and the nearest valid key.
+        UserError: with every mistake found.
+    """
+    config, mistakes = read(files, overrides)
+    if mistakes:
+        raise UserError(*mistakes)
+    return config
+
+
+def read(files: Sequence[str], overrides: Sequence[str]) -> tuple[Config, list[str]]:
+    """The defaults, then each YAML file, then each ``key=value``: the later one wins.
+
+    Beside it, every mistake found, naming key, value, what is allowed and the nearest valid key; such a key is left as it was.
     """
     mistakes: list[str] = []
     values: list[tuple[str, Any]] = []
@@ -231,14 +245,13 @@ def load(files: Sequence[str] = (), overrides: Sequence[str] = ()) -> Config:
 
     tree = OmegaConf.structured(Config)
     for name, value in dict(values).items():
+        before = copy.deepcopy(tree)
         mistake = _set(tree, name, value)
         if mistake:
             mistakes.append(mistake)
-    if not mistakes:
-        mistakes += _check_names(tree)
-    if mistakes:
-        raise UserError(*mistakes)
-    return typing.cast(Config, OmegaConf.to_object(tree))
+            tree = before
+    config = typing.cast(Config, OmegaConf.to_object(tree))
+    return config, mistakes + _check_names(config)
 
 
 def save(config: Config, file: Path) -> None:
@@ -347,15 +360,15 @@ def _nearest(name: str) -> str:
     return max(KEYS, key=likeness)
 
 
-def _check_names(tree: Any) -> list[str]:
+def _check_names(config: Config) -> list[str]:
     """What no type or range can tell: names and paths."""
     mistakes = []
-    name, resume, runs = tree.run.name, tree.checkpoint.resume, Path(tree.run.dir)
+    name, resume, runs = config.run.name, config.checkpoint.resume, Path(config.run.dir)
     if name is not None and (not name.strip() or name in (".", "..") or set(name) & set("/\\\0\n")):
         mistakes.append(f"run.name={name!r} is not allowed; it names one folder in run.dir, so no slash and not empty")
     if resume not in ("auto", "never") and not Path(resume).is_dir():
         mistakes.append(f"checkpoint.resume={resume}: there is no such folder; give auto, never or a checkpoint's folder")
-    for label, folder in (("run.dir", runs), ("data.root", Path(tree.data.root))):
+    for label, folder in (("run.dir", runs), ("data.root", Path(config.data.root))):
         there = next((p for p in (folder, *folder.absolute().parents) if p.exists()), Path("/"))
         if not there.is_dir():
             mistakes.append(f"{label}={folder}: {there} is a file; give a folder")

@@ -8,7 +8,6 @@ it, and a rank's share is the next stretch of that. Nothing here needs a process
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import hashlib
 import io
@@ -29,7 +28,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from digitdist.config import AugmentConfig, Config, DataConfig, UserError, load
-from digitdist.runtime import run_command
+from digitdist.runtime import Parser, run_command
 
 Batch = tuple[Tensor, Tensor, Tensor]  # images uint8 [n, 28, 28], labels int64 [n], indices int64 [n]
 
@@ -358,7 +357,7 @@ def _plot(config: DataConfig, splits: Splits, file: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m digitdist.data",
         description="What a data set is: splits, counts, shapes, classes, mean and deviation, and a picture.",
         epilog="example: python -m digitdist.data data.name=mnist data.validation=5000 --plot samples.png",

@@ -5,7 +5,6 @@ python -m digitdist.evaluate RUN
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import math
@@ -193,7 +192,7 @@ def _gather(accelerator: Accelerator, rows: Tensor, length: int, padding: int) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = runtime.Parser(
         prog="python -m digitdist.evaluate",
         description="The exact accuracy of a run's checkpoint, on any number of processes.",
         epilog="example: python -m digitdist.evaluate runs/quick --split test",

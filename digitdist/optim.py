@@ -41,8 +41,9 @@ def learning_rate(step: int, total_steps: int, steps_per_epoch: int, schedule: S
     """The rate of the update that follows `step`, for steps 0..total_steps-1.
 
     constant, step, cosine: a linear warm-up over `warmup_steps`, then peak; peak · gamma^k after k·step_epochs epochs;
-    half a cosine from peak to final·peak. onecycle: cosines from peak/25 up to peak at the fraction `peak` of all steps, and down
-    to final·peak (Smith and Topin, Super-Convergence, 2018, with the cosines of torch.optim.lr_scheduler.OneCycleLR).
+    half a cosine from peak to final·peak. onecycle: a cosine from peak/25 up to peak, which it reaches at the fraction
+    `peak` of all steps, and one down to final·peak (Smith and Topin, Super-Convergence, 2018, with the cosines of
+    torch.optim.lr_scheduler.OneCycleLR).
     """
     if schedule.name == "onecycle":
         top = schedule.peak * (total_steps - 1)

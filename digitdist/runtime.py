@@ -5,6 +5,8 @@ What a launch gets wrong is found here, before a process group exists.
 
 from __future__ import annotations
 
+import argparse
+import ctypes
 import os
 import platform
 import signal
@@ -72,7 +74,7 @@ def world() -> World:
     ):
         text = env.get(name, env.get(default or "", "0" if env["WORLD_SIZE"] == "1" else ""))
         if not text.isdecimal():
-            raise UserError(f"{name}={text!r} in the environment is no whole number; start with torchrun or accelerate launch")
+            raise UserError(f"WORLD_SIZE={env['WORLD_SIZE']}, but {name}={text!r} is no whole number; start with torchrun")
         numbers[name] = int(text)
     size, rank = numbers["WORLD_SIZE"], numbers["RANK"]
     local_rank, local_size = numbers["LOCAL_RANK"], numbers["LOCAL_WORLD_SIZE"]
@@ -184,6 +186,7 @@ def start(config: Config, plan: Plan) -> Accelerator:
     Raises:
         UserError: the world that Accelerate made is not the launcher's.
     """
+    _keep_freed_memory()
     os.environ.setdefault("OMP_NUM_THREADS", str(plan.threads))  # Accelerate warns where it is not set
     # Accelerate passes DistributedDataParallel an argument that has a new name.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
@@ -276,6 +279,17 @@ class Heartbeat:
         self.phase = phase
 
 
+class Parser(argparse.ArgumentParser):
+    """An `ArgumentParser` whose mistakes are told as all others are, and whose help is printed once for all ranks."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help shows what is allowed")
+
+    def print_help(self, file: Any = None) -> None:
+        if is_main():
+            super().print_help(file)
+
+
 def run_command(main: Callable[[], None]) -> NoReturn:
     """Runs a command and ends the process with the exit code that its outcome has."""
     try:
@@ -313,6 +327,18 @@ def _tell(text: str) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(TELL_GRACE_S)
     print(text, file=sys.stderr, flush=True)
+
+
+def _keep_freed_memory() -> None:
+    """Has glibc keep freed memory for the next step, which needs as much, instead of faulting the same pages in anew.
+
+    A third of a step's time on a CPU (measured: 8.0 against 5.4 ms at batch 100). Other C libraries are left as they are.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        trim_threshold, mmap_threshold = -1, -3  # malloc.h
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_threshold, 2**30)
+        libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 def _flag(name: str) -> bool:

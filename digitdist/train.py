@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -276,7 +277,8 @@ class Progress:
         title = f"epoch {epoch}/{self.epochs}"
         if self.bar is None or self.bar.desc != f"{title}: ":
             self.close()
-            self.bar = tqdm(total=count, desc=title, unit=" images", file=sys.stdout, leave=False, dynamic_ncols=True)
+            columns = shutil.get_terminal_size().columns
+            self.bar = tqdm(total=count, desc=title, unit=" images", file=sys.stdout, leave=False, ncols=columns)
         self.bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
         self.bar.update(seen - self.bar.n)
 
@@ -461,8 +463,31 @@ def _write_whole(file: Path, text: str) -> None:
     os.replace(temporary, file)
 
 
+def prepare(files: Sequence[str], overrides: Sequence[str]) -> tuple[Config, Plan, Splits, nn.Module]:
+    """All that a training needs before its process group exists.
+
+    Raises:
+        UserError: with every mistake of configuration, launch and model, before anything is made; then that of the data.
+    """
+    config, mistakes = configuration.read(files, overrides)
+    plan = model = None
+    try:
+        plan = runtime.plan(config)
+    except UserError as error:
+        mistakes += error.mistakes
+    try:
+        model = models.build(config.model, config.seed)
+    except UserError as error:
+        mistakes += error.mistakes
+    if config.tracking.wandb == "online" and not tracking.has_wandb_key():
+        mistakes.append("tracking.wandb=online needs a key: run wandb login, or set tracking.wandb=offline")
+    if mistakes or plan is None or model is None:
+        raise UserError(*mistakes)
+    return config, plan, load_splits(config.data, config.seed), model
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = runtime.Parser(
         prog="accelerate launch -m digitdist.train",
         description="Trains a digit CNN on whatever the launcher gives: one CPU, one GPU, many of them, many hosts.",
         epilog="example: accelerate launch -m digitdist.train --config configs/quick.yaml train.epochs=1\n\n"
@@ -473,12 +498,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides the files; the last one wins")
     arguments = parser.parse_args()
 
-    config = configuration.load(arguments.config, arguments.overrides)
-    plan = runtime.plan(config)
-    if config.tracking.wandb == "online" and not tracking.has_wandb_key():
-        raise UserError("tracking.wandb=online needs a key: run wandb login, or set tracking.wandb=offline")
-    splits = load_splits(config.data, config.seed)
-    model = models.build(config.model, config.seed)
+    config, plan, splits, model = prepare(arguments.config, arguments.overrides)
     order = Order(len(splits.train), config.data.batch_size, config.seed)
     last_step = min(order.total_steps(config.train.epochs), config.train.max_steps or sys.maxsize)
 

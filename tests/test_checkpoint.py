@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from digitdist import checkpoint
+from digitdist.checkpoint import Checkpoint, DamagedCheckpoint
+
+
+def made(step: int) -> Checkpoint:
+    torch.manual_seed(step)
+    tied = torch.randn(3)
+    return Checkpoint({"model": {"a": torch.randn(2, 3), "b": tied, "c": tied}, "optimizer": {}}, {"step": step, "best": None})
+
+
+def test_what_is_read_is_what_was_written(tmp_path: Path):
+    stored = made(5)
+    folder = checkpoint.write(tmp_path, stored, keep=3)
+    assert folder.name == "step-000000005"
+    read = checkpoint.read(folder)
+    assert read.state == stored.state
+    assert read.tensors.keys() == {"model", "optimizer"}
+    assert all(torch.equal(read.tensors["model"][k], v) for k, v in stored.tensors["model"].items())
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "manifest.json",
+        "model.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+    ]
+
+
+def test_the_last_ones_and_the_best_are_kept(tmp_path: Path):
+    for step in range(1, 6):
+        checkpoint.write(tmp_path, made(step), keep=2, best="step-000000001")
+    assert [f.name for f in checkpoint.folders(tmp_path)] == [checkpoint.folder_name(s) for s in (1, 4, 5)]
+
+
+FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def link(path: Path) -> None:
+    path.rename(path.parent.parent / path.name)
+    path.symlink_to(path.parent.parent / path.name)
+
+
+def pickled(path: Path) -> None:
+    path.write_bytes(pickle.dumps(Payload(path.parent.parent / "executed")))
+
+
+class Payload:
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.mark),))
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, Path.unlink, link, pickled], ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize("file", FILES)
+def test_any_damage_is_named_and_the_one_before_taken(tmp_path: Path, file: str, damage):
+    checkpoint.write(tmp_path, made(1), keep=3)
+    newest = checkpoint.write(tmp_path, made(2), keep=3)
+    damage(newest / file)
+    said: list[str] = []
+    found = checkpoint.newest_good(tmp_path, said.append)
+    assert found is not None
+    assert found.step == 1
+    assert len(said) == 1
+    assert newest.name in said[0]
+    assert file in said[0] or "manifest" in said[0] or "link" in said[0]
+    assert not (tmp_path / "executed").exists()
+
+
+def test_every_flipped_bit_of_a_manifest_is_noticed_or_without_effect(tmp_path: Path):
+    folder = checkpoint.write(tmp_path, made(1), keep=3)
+    right = (folder / "manifest.json").read_bytes()
+    wanted = checkpoint.read(folder)
+    for bit in range(8 * len(right)):
+        content = bytearray(right)
+        content[bit // 8] ^= 1 << bit % 8
+        (folder / "manifest.json").write_bytes(content)
+        try:
+            read = checkpoint.read(folder)
+        except DamagedCheckpoint:
+            continue
+        assert read.state == wanted.state
+
+
+@pytest.mark.parametrize("name", ["../outside.json", "/etc/hostname", "a/b"])
+def test_a_manifest_that_leads_out_of_its_folder_is_refused(tmp_path: Path, name: str):
+    folder = checkpoint.write(tmp_path, made(1), keep=3)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][name] = manifest["files"]["state.json"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "outside.json").write_bytes((folder / "state.json").read_bytes())
+    with pytest.raises(DamagedCheckpoint):
+        checkpoint.read(folder)
+
+
+def test_a_folder_that_is_a_link_is_refused(tmp_path: Path):
+    folder = checkpoint.write(tmp_path / "a", made(1), keep=3)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / folder.name).symlink_to(folder)
+    assert checkpoint.newest_good(tmp_path / "b", print) is None
+
+
+def test_a_failing_write_leaves_the_last_good_one(tmp_path: Path):
+    checkpoint.write(tmp_path, made(1), keep=1)
+
+    def fail() -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.write(tmp_path, made(2), keep=1, on_file=fail)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000000001"]
+    checkpoint.verify(tmp_path / "step-000000001")
+
+
+def test_an_old_one_goes_only_after_the_new_one_is_there(tmp_path: Path):
+    checkpoint.write(tmp_path, made(1), keep=1)
+    there: list[list[str]] = []
+    checkpoint.write(tmp_path, made(2), keep=1, on_file=lambda: there.append([f.name for f in checkpoint.folders(tmp_path)]))
+    assert there == [["step-000000001"]] * 3
+    assert [f.name for f in checkpoint.folders(tmp_path)] == ["step-000000002"]
+
+
+def test_the_hash_of_weights_is_over_name_shape_dtype_and_bytes():
+    weights = {"b": torch.arange(6.0).view(2, 3), "a": torch.tensor([1, 2])}
+    first = checkpoint.weights_sha256(weights)
+    assert first == checkpoint.weights_sha256(dict(reversed(weights.items())))
+    assert first == checkpoint.weights_sha256({"a": weights["a"], "b": weights["b"].t().contiguous().t()})
+    for other in (
+        {"b": weights["b"].view(3, 2), "a": weights["a"]},
+        {"c": weights["b"], "a": weights["a"]},
+        {"b": weights["b"], "a": weights["a"].int()},
+        {"b": weights["b"] + 1e-6, "a": weights["a"]},
+    ):
+        assert checkpoint.weights_sha256(other) != first

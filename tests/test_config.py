@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from launching import ROOT
+
+from digitdist import config
+from digitdist.config import KEYS, UserError, load
+
+
+def mistakes(*overrides: str, files: tuple[str, ...] = ()) -> tuple[str, ...]:
+    with pytest.raises(UserError) as caught:
+        load(files, overrides)
+    return caught.value.mistakes
+
+
+def test_defaults_are_those_of_the_design():
+    values = config.as_dict(load())
+    wanted = {
+        "seed": 0,
+        "data.name": "mnist",
+        "data.root": "data",
+        "data.batch_size": 100,
+        "data.eval_batch_size": 1000,
+        "data.validation": 0,
+        "model.name": "cnn",
+        "optim.name": "adam",
+        "optim.lr": 0.001,
+        "optim.weight_decay": 0.0,
+        "schedule.name": "constant",
+        "train.epochs": 9.0,
+        "train.max_steps": None,
+        "train.accumulate": 1,
+        "train.precision": "auto",
+        "train.threads": None,
+        "train.log_every": 20,
+        "train.eval_every": 1,
+        "sync.mode": "ddp",
+        "sync.shards": 8,
+        "checkpoint.every_steps": 600,
+        "checkpoint.keep": 3,
+        "checkpoint.resume": "auto",
+        "run.dir": "runs",
+        "run.name": None,
+        "tracking.wandb": "auto",
+    }
+    assert {key: values[key] for key in wanted} == wanted
+
+
+def test_later_files_win_over_earlier_ones_and_overrides_over_both(tmp_path: Path):
+    first, second = tmp_path / "1.yaml", tmp_path / "2.yaml"
+    first.write_text("seed: 1\ndata: {batch_size: 10}\noptim: {lr: 0.1}\n")
+    second.write_text("data: {batch_size: 20}\noptim:\n  lr: 2e-1\n")
+    loaded = load([str(first), str(second)], ["optim.lr=3e-1"])
+    assert (loaded.seed, loaded.data.batch_size, loaded.optim.lr) == (1, 20, 0.3)
+
+
+def test_a_saved_configuration_loads_as_itself(tmp_path: Path):
+    loaded = load((), ["model.args.width=3", "run.name=12", "train.precision=no", "train.max_steps=7"])
+    config.save(loaded, tmp_path / "c.yaml")
+    assert load([str(tmp_path / "c.yaml")]) == loaded
+
+
+@pytest.mark.parametrize("text", ["precision: no", "precision: 'no'"])
+def test_no_is_a_precision_in_yaml_too(tmp_path: Path, text: str):
+    (tmp_path / "c.yaml").write_text(f"train:\n  {text}\n")
+    assert load([str(tmp_path / "c.yaml")]).train.precision == "no"
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [("run.name=123", "123"), ("run.name=a=b", "a=b"), ("run.name=null", None), ("run.name=2026-01-01", "2026-01-01")],
+)
+def test_a_text_key_takes_the_text_as_it_is(override: str, value: str | None):
+    assert load((), [override]).run.name == value
+
+
+def test_free_arguments_keep_their_types():
+    assert load((), ["model.args.width=3", "model.args.wide=true"]).model.args == {"width": 3, "wide": True}
+    assert load((), ["model.args={a: [1, 2]}"]).model.args == {"a": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("data.batch_size=0", ["data.batch_size=0", "at least 1"]),
+        ("data.batch_size=1.5", ["data.batch_size=1.5", "a whole number"]),
+        ("data.batch_size=null", ["data.batch_size=null", "a whole number"]),
+        ("data.batch_size=", ["data.batch_size=", "a whole number"]),
+        ("data.batchsize=5", ["'data.batchsize'", "'data.batch_size'"]),
+        ("batch_size=5", ["'batch_size'", "'data.batch_size'"]),
+        ("train.lr=5", ["'train.lr'", "'optim.lr'"]),
+        ("data.batch_size.x=5", ["'data.batch_size.x'", "'data.batch_size'"]),
+        ("data=5", ["data is a group"]),
+        ("optim.lr=nan", ["optim.lr=nan", "above 0"]),
+        ("optim.lr=inf", ["optim.lr=inf", "above 0"]),
+        ("optim.lr=fast", ["optim.lr=fast", "a number"]),
+        ("train.epochs=0", ["train.epochs=0", "above 0"]),
+        ("data.name=cifar", ["data.name=cifar", "fashion_mnist"]),
+        ("train.precision=fp64", ["fp64", "bf16"]),
+        ("checkpoint.allow_change=perhaps", ["perhaps", "true or false"]),
+        ("run.name=a/b", ["run.name='a/b'", "no slash"]),
+        ("run.name=", ["run.name=''"]),
+        ("run.name=${x}", ["run.name=${x}"]),
+        ("checkpoint.resume=/nowhere", ["/nowhere", "auto, never"]),
+        ("model.args=3", ["model.args=3", "a mapping"]),
+        ("loud", ["'loud' is not key=value"]),
+    ],
+)
+def test_a_mistake_is_told_with_its_value_and_what_is_allowed(override: str, parts: list[str]):
+    (told,) = mistakes(override)
+    assert all(part in told for part in parts), told
+
+
+@pytest.mark.parametrize("name", [name for name, key in KEYS.items() if key.low is not None or key.above is not None])
+def test_every_range_is_held(name: str):
+    key = KEYS[name]
+    below = key.above if key.above is not None else key.low - 1
+    assert name in mistakes(f"{name}={below}")[0]
+    if key.high is not None:
+        assert name in mistakes(f"{name}={key.high + 1}")[0]
+
+
+def test_several_mistakes_are_told_together(tmp_path: Path):
+    (tmp_path / "c.yaml").write_text("data: {batch_size: true}\noptm: {lr: 1}\n")
+    told = mistakes("seed=-1", "run.name=..", files=(str(tmp_path / "c.yaml"), "none.yaml"))
+    assert len(told) == 5
+
+
+@pytest.mark.parametrize("text", ["a: [b", "- 3", "just text"])
+def test_a_file_that_is_no_mapping_is_named(tmp_path: Path, text: str):
+    (tmp_path / "c.yaml").write_text(text)
+    (told,) = mistakes(files=(str(tmp_path / "c.yaml"),))
+    assert "c.yaml" in told
+
+
+def test_the_default_configuration_is_spelt_out():
+    file = ROOT / "configs" / "default.yaml"
+    assert load([str(file)]) == load()
+    flat = dict(config._flatten(yaml.safe_load(file.read_text())))
+    assert flat.keys() == KEYS.keys()
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.stem)
+def test_each_configuration_says_how_to_start_it(file: Path):
+    first = file.read_text().splitlines()[0]
+    assert first == f"# accelerate launch -m digitdist.train --config configs/{file.name}"
+    load([str(file)])
+
+
+def test_changes_are_named_unless_they_leave_the_result_alone():
+    old, new = config.as_dict(load()), config.as_dict(load((), ["seed=1", "train.epochs=20", "run.name=x", "train.threads=3"]))
+    assert config.changes(old, new) == ["seed was 0 and is now 1"]
+
+
+def test_every_harmless_key_exists():
+    assert set(KEYS) >= config.HARMLESS
+
+
+def test_help_names_every_key():
+    assert all(name in config.describe() for name in KEYS)

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from digitdist import models
+from digitdist.config import ModelConfig, UserError
+
+
+def test_cnn_is_the_seeds_network():
+    model = models.build(ModelConfig(), seed=0)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters() if name.endswith("weight")}
+    assert shapes == {
+        "conv1.weight": (10, 1, 5, 5),
+        "conv2.weight": (20, 10, 5, 5),
+        "linear1.weight": (50, 320),
+        "linear2.weight": (10, 50),
+    }
+    assert sum(p.numel() for p in model.parameters()) == 21840
+
+
+def test_it_returns_logits():
+    logits = models.build(ModelConfig(), seed=0).eval()(torch.randn(4, 1, 28, 28))
+    assert logits.shape == (4, 10)
+    assert not torch.allclose(logits.exp().sum(1), torch.ones(4))
+    assert (logits < 0).any()
+
+
+def test_channel_dropout_drops_whole_channels():
+    model = models.build(ModelConfig(), seed=0).train()
+    seen = []
+    model.channel_dropout.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    model(torch.randn(8, 1, 28, 28))
+    dropped = (seen[0] == 0).flatten(2).all(2)
+    assert 0.2 < dropped.float().mean() < 0.8
+    assert torch.equal(dropped, (seen[0] == 0).flatten(2).any(2))
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_initial_weights_depend_on_the_seed_alone(name: str):
+    first = models.build(ModelConfig(name), seed=3).state_dict()
+    torch.rand(5)
+    again, other = models.build(ModelConfig(name), seed=3).state_dict(), models.build(ModelConfig(name), seed=4).state_dict()
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert not all(torch.equal(first[key], other[key]) for key in first)
+
+
+def test_a_users_own_model_is_taken_with_its_arguments():
+    model = models.build(ModelConfig(target="digitdist.models.CnnBatchNorm", args={"width": 4}), seed=0)
+    assert model.linear.in_features == 16
+
+
+@pytest.mark.parametrize(
+    ("config", "part"),
+    [
+        (ModelConfig(name="resnet"), "one of cnn"),
+        (ModelConfig(target="nowhere.Net"), "cannot be imported"),
+        (ModelConfig(target="Net"), "cannot be imported"),
+        (ModelConfig(target="torch.nn.Nothing"), "cannot be imported"),
+        (ModelConfig(args={"width": 3}), "width"),
+        (ModelConfig(target="torch.nn.Flatten"), r"\(2, 10\) are wanted"),
+        (ModelConfig(target="torch.nn.Linear", args={"in_features": 3, "out_features": 10}), "does not work"),
+    ],
+)
+def test_a_model_that_does_not_work_is_the_users_mistake(config: ModelConfig, part: str):
+    with pytest.raises(UserError, match=part):
+        models.build(config, seed=0)

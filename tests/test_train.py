@@ -1,0 +1,126 @@
+"""The command, run as a person runs it, on one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from launching import CLEAN, QUIET, events, only_run, python, result
+
+from digitdist.checkpoint import folders, read, weights_sha256
+
+TRAIN = ("-m", "digitdist.train")
+
+
+def test_a_run_leaves_the_files_of_the_readme(place: Path):
+    done = python(*TRAIN, *QUIET, "train.max_steps=45", "data.validation=1000", "run.name=a", cwd=place)
+    assert done.code == 0, done.err
+    folder = place / "runs/a"
+    final = result(folder)
+    assert set(final) == {
+        *("test_correct", "test_total", "test_accuracy", "test_loss", "epochs", "steps", "world_size", "device"),
+        *("precision", "images_per_second", "train_seconds", "weights_sha256"),
+    }
+    assert (final["test_total"], final["steps"], final["world_size"]) == (10000, 45, 1)
+    assert (final["device"], final["precision"]) == ("cpu", "fp32")
+    saved = np.load(folder / "predictions.npz")
+    assert saved["index"].tolist() == list(range(10000))
+    assert int((saved["label"] == saved["prediction"]).sum()) == final["test_correct"]
+    assert [(e["step"], "train/loss" in e, "test/accuracy" in e) for e in events(folder)] == [
+        *((20, True, False), (40, True, False), (45, True, False), (45, False, True))
+    ]
+    assert events(folder)[-1]["validation/total"] == 1000
+    (stored,) = folders(folder / "checkpoints")
+    assert weights_sha256(read(stored).tensors["model"]) == final["weights_sha256"]
+    (start,) = json.loads((folder / "environment.json").read_text())["starts"]
+    assert {"torch", "accelerate", "device", "world_size", "precision", "git_commit"} <= set(start)
+    assert "batch_size: 100" in (folder / "config.yaml").read_text()
+
+
+def test_it_says_what_it_runs_on_and_how_it_went(place: Path):
+    done = python(*TRAIN, *QUIET, "train.max_steps=40", "train.accumulate=3", cwd=place)
+    for part in ("world size 1", "fp32", "100 global = 33 or 34 per rank × 1 rank × 3 accumulated", "60,000 images to train"):
+        assert part in done.out
+    folder = only_run(place).name
+    lines = done.out.splitlines()
+    assert any(line.startswith("Train epoch 1 [ 2,000/60,000 (  3 %)] loss") for line in lines)
+    assert any(f"{result(place / 'runs' / folder)['test_correct']}/10000" in line for line in lines)
+    assert "95 % interval" in done.out
+    assert f"python -m digitdist.evaluate runs/{folder}" in lines[-1]
+    assert done.err == ""
+
+
+def test_a_terminal_gets_a_bar(place: Path):
+    main, secondary = pty.openpty()
+    command = [sys.executable, *TRAIN, *QUIET, "train.max_steps=60"]
+    process = subprocess.Popen(command, cwd=place, env=CLEAN | {"COLUMNS": "100"}, stdout=secondary, stderr=secondary)
+    os.close(secondary)
+    shown = b""
+    try:
+        while chunk := os.read(main, 65536):
+            shown += chunk
+    except OSError:  # the other end has closed
+        pass
+    assert process.wait(timeout=60) == 0
+    text = shown.decode()
+    assert "epoch 1/9" in text
+    assert "6000/60000" in text
+    assert "Train epoch" not in text
+
+
+def test_evaluate_gives_the_same_count(place: Path):
+    assert python(*TRAIN, *QUIET, "train.max_steps=20", "run.name=a", "optim.ema=0.9", cwd=place).code == 0
+    done = python("-m", "digitdist.evaluate", "a", "--json", cwd=place)
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["correct"] == result(place / "runs/a")["test_correct"]
+    assert len(json.loads(done.out)["confusion"]) == 10
+
+
+@pytest.mark.parametrize(
+    "extra", [("data.batch_size=0", "optim.lr=-1", "model.name=x"), ("--bogus",), ("data.validation=60000",)]
+)
+def test_a_mistake_ends_with_2_and_leaves_nothing(place: Path, extra: tuple[str, ...]):
+    done = python(*TRAIN, *QUIET, *extra, cwd=place)
+    assert done.code == 2
+    assert len(done.errors) == 1
+    assert all(argument.split("=")[0] in done.err for argument in extra)
+    assert "Traceback" not in done.err
+    assert not (place / "runs").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_before_it_reaches_a_weight(place: Path):
+    done = python(*TRAIN, *QUIET, "optim.name=sgd", "optim.lr=1e15", "checkpoint.every_steps=1", cwd=place)
+    assert done.code == 1
+    assert "on rank 0" in done.err
+    assert "the loss of step" in done.err
+    step = int(done.err.rpartition("the loss of step ")[2].split()[0])
+    stored = folders(only_run(place) / "checkpoints")[-1]
+    assert read(stored).step == step - 1
+    assert all(tensor.isfinite().all() for tensor in read(stored).tensors["model"].values())
+
+
+def test_options_of_training_all_work_together(place: Path):
+    options = (
+        "optim.name=adamw",
+        "optim.weight_decay=0.01",
+        "optim.clip_norm=1",
+        "optim.ema=0.95",
+        "train.label_smoothing=0.1",
+    )
+    more = ("schedule.name=onecycle", "augment.rotate=10", "augment.shift=2", "train.precision=bf16", "data.batch_size=1000")
+    last = ("train.epochs=0.5", "train.log_every=1", "model.name=cnn_batchnorm", "optim.lr=0.01", "run.name=a")
+    done = python(*TRAIN, *QUIET, *options, *more, *last, cwd=place)
+    assert done.code == 0, done.err
+    assert result(place / "runs/a")["precision"] == "bf16"
+    assert result(place / "runs/a")["steps"] == 30
+    assert result(place / "runs/a")["test_accuracy"] > 0.5
+    rates = [event["train/lr"] for event in events(place / "runs/a") if "train/lr" in event]
+    assert len(rates) == 30
+    assert 0.009 < max(rates) <= 0.01
+    assert rates[0] == pytest.approx(0.01 / 25)
