@@ -275,10 +275,11 @@ class Progress:
             print(f"Train epoch {epoch} {share} loss {loss:.4f}, {images_per_second:,.0f} images/s", flush=True)
             return
         title = f"epoch {epoch}/{self.epochs}"
-        if self.bar is None or self.bar.desc != f"{title}: ":
+        if self.bar is None or self.bar.desc != title:
             self.close()
-            columns = shutil.get_terminal_size().columns
-            self.bar = tqdm(total=count, desc=title, unit=" images", file=sys.stdout, leave=False, ncols=columns)
+            columns, rows = shutil.get_terminal_size()
+            size = {"ncols": columns, "nrows": rows}  # tqdm's own look draws nothing on a terminal that tells no size
+            self.bar = tqdm(total=count, desc=title, unit=" images", file=sys.stdout, leave=False, **size)
         self.bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
         self.bar.update(seen - self.bar.n)
 
