@@ -30,7 +30,8 @@ def trainer_epoch(overrides: list[str]) -> float:
         last_step = Order(len(splits.train), config.data.batch_size, config.seed).steps_per_epoch
         accelerator = runtime.start(config, plan)
         run = train.open_run(config, plan, last_step, [])
-        trainer = train.Trainer(config, accelerator, splits, model, run)
+        heartbeat = runtime.Heartbeat(run.heartbeat, plan.world)
+        trainer = train.Trainer(config, accelerator, splits, model, run, heartbeat)
         trainer.train()
         return trainer.train_seconds
 

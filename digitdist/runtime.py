@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import errno
+import mmap
 import os
 import platform
 import signal
+import struct
 import sys
 import time
 import traceback
 import warnings
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,7 +25,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
+import psutil
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, is_bf16_available, is_fp8_available
 
@@ -30,6 +36,10 @@ from digitdist.config import Config, UserError
 EXIT_FAULT, EXIT_MISTAKE, EXIT_STOPPED = 1, 2, 75
 TELL_GRACE_S = 30.0
 T = TypeVar("T")
+
+
+class Fault(Exception):
+    """A fault that ends the run and that every rank has seen at the same place: the main rank tells it."""
 
 
 class Stopped(Exception):
@@ -217,17 +227,17 @@ def start(config: Config, plan: Plan) -> Accelerator:
 def on_main(accelerator: Accelerator, act: Callable[[], T]) -> T:
     """What `act` gives on the main rank, on every rank. Collective: every rank must call it.
 
-    A `UserError` that it raises there is raised on every rank.
+    A `UserError`, `Fault` or `Stopped` that it raises there is raised on every rank.
     """
     box: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
             box[0] = act()
-        except UserError as error:
-            box[1] = error.mistakes
+        except (UserError, Fault, Stopped) as error:
+            box[1] = error
     broadcast_object_list(box)
     if box[1] is not None:
-        raise UserError(*box[1])
+        raise box[1]
     return box[0]
 
 
@@ -262,21 +272,173 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         # A launcher passes a terminal's ^C on to processes that have had it from the terminal already.
-        if number == signal.SIGINT and self.signal_name and time.monotonic() - self._first_s > 1.0:
+        if number == signal.SIGINT and self.signal_name and time.monotonic() - self._first_s > 0.5:
             os._exit(128 + number)
         if self.signal_name is None:
             self.signal_name, self._first_s = signal.Signals(number).name, time.monotonic()
 
 
-class Heartbeat:
-    """Where this process is: the step it works on, and the phase of it."""
+PHASES = ("start", "data", "forward", "backward", "sync", "update", "eval", "save", "end")
 
-    def __init__(self) -> None:
-        self.step, self.phase = 0, "start"
+
+@dataclass(frozen=True)
+class InjectedFault:
+    """A fault that a test has asked for: at a rank, step and phase, when that phase of that step is entered the nth time.
+
+    Read from DIGITDIST_FAULT, such as ``kill rank=1 step=30 phase=backward``; kinds: kill, raise, freeze, slow, full. After
+    a launcher's restart it is over, unless ``always=1``.
+    """
+
+    kind: str
+    rank: int
+    step: int
+    phase: str
+    nth: int = 1
+    always: int = 0
+
+    @classmethod
+    def from_environment(cls) -> InjectedFault | None:
+        kind, *parts = os.environ.get("DIGITDIST_FAULT", "").split() or [""]
+        values = dict(part.split("=") for part in parts)
+        phase = values.pop("phase", "")
+        fault = cls(kind=kind, phase=phase, **{name: int(value) for name, value in values.items()}) if kind else None
+        return fault if fault and (fault.always or restart_count() == 0) else None
+
+    def happen(self) -> None:
+        match self.kind:
+            case "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "freeze":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            case "slow":
+                time.sleep(2.0)
+            case "full":
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            case "raise":
+                raise RuntimeError("a fault that a test has asked for")
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What is known of one rank: its process, where it is, whether it has raised an error or seen another's end."""
+
+    rank: int
+    pid: int
+    host: int
+    step: int
+    phase: str
+    state: int
+
+    def __str__(self) -> str:
+        return f"step {self.step}, phase {self.phase}"
+
+
+class Heartbeat:
+    """Where each rank of a host is, in a file that its processes map: to enter a phase costs one write to memory.
+
+    What is in memory outlives the process that wrote it, so that those left can name the rank that ended a run.
+    """
+
+    RECORD = struct.Struct("<6q")  # pid, host, step, phase, state, unused
+    RUNNING, RAISED, NOTICED = range(3)
+
+    def __init__(self, file: Path, world: World):
+        size = world.size * self.RECORD.size
+        with file.open("a+b") as opened:
+            if os.fstat(opened.fileno()).st_size < size:
+                opened.truncate(size)
+            self._map = mmap.mmap(opened.fileno(), size)
+        self._world, self._host = world, zlib.crc32(platform.node().encode())
+        self._fault, self._entered = InjectedFault.from_environment(), 0
+        self.step, self._phase, self._state = 0, 0, self.RUNNING
+        self._write()
 
     def enter(self, phase: str) -> None:
         """Begins a phase: data, forward, backward, sync, update, eval or save."""
-        self.phase = phase
+        self._phase = PHASES.index(phase)
+        self._write()
+        fault = self._fault
+        if fault and (fault.rank, fault.step, fault.phase) == (self._world.rank, self.step, phase):
+            self._entered += 1
+            if self._entered == fault.nth:
+                fault.happen()
+
+    def __str__(self) -> str:
+        return f"step {self.step}, phase {PHASES[self._phase]}"
+
+    def mark(self, state: int) -> None:
+        """Notes that this rank has raised an error of its own, or noticed that another is gone."""
+        self._state = state
+        self._write()
+
+    def culprit(self) -> tuple[str, bool]:
+        """Which rank of this host ended the run and where it was, and whether this rank is the one to tell it.
+
+        It was killed, raised an error, is frozen, or is the furthest behind. A process that was just killed may take a
+        moment to be seen as gone. The lowest rank that is left tells.
+        """
+        deadline = time.monotonic() + 2.0
+        while time.monotonic() < deadline:
+            beats = [beat for beat in read_beats(self._map) if beat.host == self._host]
+            for how, is_it in (
+                ("raised an error", lambda beat: beat.state == self.RAISED),
+                ("was killed", lambda beat: beat.state == self.RUNNING and not _alive(beat.pid)),
+                ("is frozen", lambda beat: _stopped(beat.pid)),
+            ):
+                guilty = [beat for beat in beats if is_it(beat)]
+                if guilty:
+                    left = min(beat.rank for beat in beats if beat not in guilty)
+                    if how == "is frozen" and left == self._world.rank:
+                        os.kill(guilty[0].pid, signal.SIGKILL)  # a launcher would wait half a minute for it
+                    return f"rank {guilty[0].rank} {how} at {guilty[0]}", left == self._world.rank
+            time.sleep(0.05)
+        last = min(beats, key=lambda beat: (beat.step, PHASES.index(beat.phase), beat.rank == self._world.rank))
+        if last.rank != self._world.rank:
+            return f"rank {last.rank} did not answer, last seen at {last}", True
+        return f"a rank of another host did not answer; rank {last.rank} was at {last}", True
+
+    def _write(self) -> None:
+        at = self._world.rank * self.RECORD.size
+        self.RECORD.pack_into(self._map, at, os.getpid(), self._host, self.step, self._phase, self._state, 0)
+
+
+def read_beats(content: bytes | mmap.mmap) -> list[Beat]:
+    """The ranks that have written into a heartbeat file, in their order."""
+    beats = []
+    for rank, record in enumerate(Heartbeat.RECORD.iter_unpack(content)):
+        pid, host, step, phase, state, _ = record
+        if pid:
+            beats.append(Beat(rank, pid, host, step, PHASES[phase], state))
+    return beats
+
+
+def restart_count() -> int:
+    """How often the launcher has restarted its workers."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def launcher_start() -> float | None:
+    """When the launcher of this process was started, as seconds since 1970; None without one. The same after a restart."""
+    return psutil.Process(os.getppid()).create_time() if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+
+def collective_failed(error: BaseException) -> bool:
+    """True for the error of a collective in which another rank did not take part."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _stopped(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+    except psutil.NoSuchProcess:
+        return False
 
 
 class Parser(argparse.ArgumentParser):
@@ -304,6 +466,11 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         _leave(128 + signal.SIGINT)
     except BrokenPipeError:  # the reader of our output has seen enough, as in `... | head`
         os._exit(0)
+    except Fault:
+        if not is_main():
+            _wait_for_the_launcher()
+        traceback.print_exc()
+        _leave(EXIT_FAULT)
     except Exception:
         traceback.print_exc()
         _leave(EXIT_FAULT)
@@ -318,15 +485,19 @@ def _leave(code: int) -> NoReturn:
 
 
 def _tell(text: str) -> None:
-    """Tells a mistake once a host: local rank 0 does, and the launcher then ends the other processes.
+    """Tells a mistake once a host: local rank 0 does.
 
-    They wait for that, since local rank 0 may be slower than they are; if it does not come, they know something that
-    local rank 0 doesn't, and tell it.
+    If the launcher does not end the others then, they know something that local rank 0 doesn't, and tell it.
     """
     if os.environ.get("LOCAL_RANK", "0") != "0":
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(TELL_GRACE_S)
+        _wait_for_the_launcher()
     print(text, file=sys.stderr, flush=True)
+
+
+def _wait_for_the_launcher() -> None:
+    """Leaves the word to a rank that may be slower than this one: the launcher ends all as soon as one has ended."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(TELL_GRACE_S)
 
 
 def _keep_freed_memory() -> None:

@@ -27,6 +27,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from digitdist.checkpoint import weights_sha256
 from digitdist.config import AugmentConfig, Config, UserError
 from digitdist.data import SPECS, Batch, Sharding, Spec, augment, key_of, normalise
+from digitdist.runtime import Fault
 
 Enter = Callable[[str], None]  # told each phase of a step as it begins
 
@@ -91,6 +92,7 @@ class Ddp:
         self.signal = objective.signal
         # On one process it would only import much.
         self.wrapped = accelerator.prepare_model(objective) if self.world_size > 1 else objective
+        self._settle_buckets(accelerator.device)
 
     def gradients(self, batch: Batch, count: int, step: int, stop: bool) -> Agreed:
         """Collective: every rank must call it, also with an empty share.
@@ -116,6 +118,17 @@ class Ddp:
         scaler = self.accelerator.scaler
         total, stops = (carried * (self.world_size / (scaler.get_scale() if scaler else 1.0))).tolist()
         return Agreed(total / count, stops)
+
+    def _settle_buckets(self, device: torch.device) -> None:
+        """Runs a step without images. Collective.
+
+        DistributedDataParallel rebuilds its buckets once, after its first step, and sums in another order from then on: the
+        first step after a restart would have other bits than it had without.
+        """
+        if self.world_size > 1:
+            images, labels = torch.zeros(0, 28, 28, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64)
+            self.wrapped(images.to(device), labels.to(device), 0, 0, 0.0, 0.0).backward()
+            self.wrapped.zero_grad()
 
     def agree_on_buffers(self, modules: Sequence[nn.Module]) -> None:
         """Sends rank 0's buffers to all, as DistributedDataParallel would before each forward. Collective.
@@ -299,7 +312,7 @@ def check_equal(tensors: dict[str, Tensor], step: int) -> None:
     """Compares a hash of `tensors` over all ranks. Collective: every rank must call it.
 
     Raises:
-        RuntimeError: they differ; it names the rank and the first tensor that does.
+        Fault: they differ; it names the rank and the first tensor that does.
     """
     if len(set(gather_object([weights_sha256(tensors)]))) == 1:
         return
@@ -307,20 +320,20 @@ def check_equal(tensors: dict[str, Tensor], step: int) -> None:
     for rank, theirs in enumerate(hashes):
         for name in tensors:
             if theirs[name] != hashes[0][name]:
-                raise RuntimeError(f"step {step}: rank {rank} and rank 0 differ in {name}; their weights must be equal")
+                raise Fault(f"step {step}: rank {rank} and rank 0 differ in {name}; their weights must be equal")
 
 
 def check_finite(agreed: Agreed, own_losses: Sequence[Tensor], step: int) -> None:
     """Stops all ranks together where the loss is not finite, before it has reached a weight. Collective in that case.
 
     Raises:
-        FloatingPointError: naming step and rank.
+        Fault: naming step and rank.
     """
     if math.isfinite(agreed.loss):
         return
     finite = gather_object([all(math.isfinite(float(loss)) for loss in own_losses)])
     ranks = [str(rank) for rank, fine in enumerate(finite) if not fine] or ["none alone"]
-    raise FloatingPointError(
+    raise Fault(
         f"the loss of step {step} is {agreed.loss}, on rank {', '.join(ranks)}; the weights are those of step {step - 1}."
         " A lower optim.lr or optim.clip_norm=1 may help"
     )

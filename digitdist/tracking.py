@@ -44,18 +44,28 @@ class NullTracker:
 class RunTracker:
     """Appends events to ``metrics.jsonl`` in `folder`, and to W&B through `wandb`."""
 
-    def __init__(self, folder: Path, wandb: Wandb | None):
-        self._file = (folder / METRICS).open("a")
-        self._wandb = wandb
+    def __init__(self, folder: Path, wandb: Wandb | None, say: Say):
+        self._file = (folder / METRICS).open("ab", buffering=0)
+        self._pending = b""
+        self._wandb, self._say = wandb, say
 
     def log(self, values: Mapping[str, float], step: int, epoch: float) -> None:
         event = {"step": step, "epoch": round(epoch, 6), "time": round(time.time(), 3), **values}
-        self._file.write(json.dumps(event) + "\n")
-        self._file.flush()
+        self._pending += json.dumps(event).encode() + b"\n"
+        self._write()
         if self._wandb:
             self._wandb.log(event, step)
 
+    def _write(self) -> None:
+        """Appends what is pending; what a full disk does not take waits for the next event."""
+        try:
+            while self._pending:
+                self._pending = self._pending[self._file.write(self._pending) :]
+        except OSError as error:
+            self._say(f"{METRICS} cannot be written now ({error.strerror}); its lines wait in memory")
+
     def finish(self, summary: Mapping[str, Any]) -> None:
+        self._write()
         self._file.close()
         if self._wandb:
             self._wandb.finish(summary)

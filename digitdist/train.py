@@ -6,6 +6,7 @@ accelerate launch -m digitdist.train [--config FILE] [key=value ...]
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -13,8 +14,9 @@ import secrets
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -34,7 +36,7 @@ from digitdist import config as configuration
 from digitdist.checkpoint import Checkpoint
 from digitdist.config import Config, UserError
 from digitdist.data import Order, Splits, load_splits
-from digitdist.runtime import Plan, Stopped, say
+from digitdist.runtime import Fault, Plan, Stopped, say
 
 RUN_FILES = ("metrics.jsonl", "result.json", "predictions.npz", "environment.json")
 
@@ -42,8 +44,16 @@ RUN_FILES = ("metrics.jsonl", "result.json", "predictions.npz", "environment.jso
 class Trainer:
     """One training: its state is the model, the optimizer, the moving average, and the step."""
 
-    def __init__(self, config: Config, accelerator: Accelerator, splits: Splits, model: nn.Module, run: Run):
-        self.config, self.accelerator, self.run = config, accelerator, run
+    def __init__(
+        self,
+        config: Config,
+        accelerator: Accelerator,
+        splits: Splits,
+        model: nn.Module,
+        run: Run,
+        heartbeat: runtime.Heartbeat,
+    ):
+        self.config, self.accelerator, self.run, self.heartbeat = config, accelerator, run, heartbeat
         self.splits = splits.to(accelerator.device)
         self.order = Order(len(splits.train), config.data.batch_size, config.seed)
         self.total_steps = self.order.total_steps(config.train.epochs)
@@ -54,7 +64,6 @@ class Trainer:
         if config.optim.ema:
             self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.optim.ema))
         self.optimizer = optim.build(self.model, config.optim)
-        self.heartbeat = runtime.Heartbeat()
         self.sync = sync.build(config, accelerator, self.model, self.heartbeat.enter)
         self.stepper = accelerator.prepare_optimizer(self.optimizer)  # scales and unscales under fp16
 
@@ -83,7 +92,8 @@ class Trainer:
 
         Raises:
             Stopped: on request, after a checkpoint.
-            FloatingPointError: the loss is not finite; no weight and no checkpoint has seen it.
+            Fault: the loss is not finite (no weight and no checkpoint has seen it), the ranks' weights differ, or the last
+                checkpoint cannot be written.
         """
         mark = time.perf_counter()
         while self.step < self.last_step:
@@ -99,7 +109,7 @@ class Trainer:
                     improved = self.score()
                 stop = agreed.stops > 0 and not done
                 if done or stop or improved or self._every(self.config.checkpoint.every_steps):
-                    self.save()
+                    self.save(last=done or stop)
                 if stop:
                     self._leave()
                 mark = time.perf_counter()
@@ -160,15 +170,23 @@ class Trainer:
         self.progress.show_test(self.epoch, test)
         return improved
 
-    def save(self) -> None:
-        """Writes a checkpoint, by the main rank. Collective: every rank must call it."""
-        self.heartbeat.enter("save")
+    def save(self, last: bool) -> None:
+        """Writes a checkpoint, by the main rank. Collective: every rank must call it.
+
+        Raises:
+            Fault: a weight is not finite, or the `last` checkpoint cannot be written; an earlier one may fail.
+        """
         self.sync.agree_on_buffers(self._networks())
+        self.heartbeat.enter("save")
         if not all(bool(t.isfinite().all()) for t in self.model.state_dict().values()):
-            raise FloatingPointError(f"a weight is not finite after step {self.step}; no checkpoint has seen it")
-        if self.accelerator.is_main_process:
-            best = checkpoint.folder_name(self.best["step"]) if self.best else None
-            checkpoint.write(self.run.checkpoints, self._checkpoint(), self.config.checkpoint.keep, best)
+            raise Fault(f"a weight is not finite after step {self.step}; no checkpoint has seen it")
+        failure = self._write_checkpoint() if self.accelerator.is_main_process else None
+        if last:
+            failure = runtime.on_main(self.accelerator, lambda: failure)
+            if failure:
+                raise Fault(f"the last checkpoint, of step {self.step}, cannot be written: {failure}")
+        elif failure:
+            say(f"the checkpoint of step {self.step} cannot be written ({failure}); training goes on, older ones are kept")
 
     def finish(self) -> None:
         """Writes predictions and result, and tells them. Collective: every rank must call it."""
@@ -204,6 +222,7 @@ class Trainer:
         self.progress.close()
         if self.accelerator.is_main_process:
             self.run.stop_file.unlink(missing_ok=True)
+            note_end(self.run.folder, {"stopped": True})
             self.tracker.finish({})
         raise Stopped(
             f"stopped on request after step {self.step:,}, saved in {self.run.folder};"
@@ -225,6 +244,21 @@ class Trainer:
         if self.config.sync.mode == "exact":  # in ddp, a rank's buffers are its own until they are needed
             tensors |= dict(self.model.named_buffers())
         sync.check_equal(tensors, self.step)
+
+    def _write_checkpoint(self) -> str | None:
+        """Writes a checkpoint; returns why it could not, if so."""
+        best = checkpoint.folder_name(self.best["step"]) if self.best else None
+        try:
+            checkpoint.write(
+                self.run.checkpoints,
+                self._checkpoint(),
+                self.config.checkpoint.keep,
+                best,
+                on_file=lambda: self.heartbeat.enter("save"),
+            )
+        except (OSError, checkpoint.DamagedCheckpoint) as error:
+            return str(error)
+        return None
 
     def _checkpoint(self) -> Checkpoint:
         tensors = {"model": self.model.state_dict(), "optimizer": optim.state_tensors(self.optimizer)}
@@ -302,10 +336,10 @@ class Run:
 
     folder: Path
     plan: Plan
+    token: str  # of this start
     wandb_id: str
     stored: Checkpoint | None  # what it goes on from
     finished: bool = False
-    lock: Any = None  # held by the main rank while its process lives
 
     @property
     def checkpoints(self) -> Path:
@@ -314,6 +348,12 @@ class Run:
     @property
     def stop_file(self) -> Path:
         return self.folder / "STOP"
+
+    @property
+    def heartbeat(self) -> Path:
+        """The file of a host's ranks: in the run's folder, or, on a host that does not see it, in the temporary one."""
+        inside = self.folder / f".heartbeat-{self.token}"
+        return inside if inside.exists() else Path(tempfile.gettempdir()) / f"digitdist-{self.token}"
 
     def tracker(self, config: Config) -> tracking.Tracker:
         if not runtime.is_main():
@@ -326,7 +366,7 @@ class Run:
             "config": configuration.as_dict(config),
         }
         wandb = tracking.Wandb(mode, self.folder, self.wandb_id, settings, say) if mode else None
-        return tracking.RunTracker(self.folder, wandb)
+        return tracking.RunTracker(self.folder, wandb, say)
 
 
 def open_run(config: Config, plan: Plan, last_step: int, held: list[FileLock]) -> Run:
@@ -345,7 +385,7 @@ def open_run(config: Config, plan: Plan, last_step: int, held: list[FileLock]) -
     except OSError as error:
         raise UserError(f"run.dir: {error.filename}: {error.strerror}; give a folder you can write to") from None
 
-    run = Run(folder, plan, "", None)
+    run = Run(folder, plan, secrets.token_hex(8), "", None)
     if config.checkpoint.resume == "never":
         _clear(folder)
     run.stored = checkpoint.newest_good(run.checkpoints, say)
@@ -358,11 +398,14 @@ def open_run(config: Config, plan: Plan, last_step: int, held: list[FileLock]) -
         if run.finished:
             return run
         result.unlink(missing_ok=True)
-    starts = _read_starts(folder)
+    starts = _note_last_end(folder, _read_starts(folder))
+    _check_progress(folder, starts)
     run.wandb_id = starts[0]["wandb_id"] if starts else secrets.token_hex(4)
     tracking.cut_metrics(folder, run.stored.step if run.stored else -1)
-    starts.append({**environment(plan), "step": run.stored.step if run.stored else 0, "wandb_id": run.wandb_id})
-    _write_whole(folder / "environment.json", json.dumps({"starts": starts}, indent=1) + "\n")
+    step = run.stored.step if run.stored else 0
+    starts.append({**environment(plan), "step": step, "wandb_id": run.wandb_id, "launcher": runtime.launcher_start()})
+    _write_starts(folder, starts)
+    (folder / f".heartbeat-{run.token}").touch()
     config.run.name = folder.name
     configuration.save(config, folder / "config.yaml")
     return run
@@ -414,7 +457,10 @@ def introduction(config: Config, plan: Plan, splits: Splits, order: Order, last_
 
 
 def _name_from_time(runs: Path) -> str:
-    name = datetime.now().strftime("%Y%m%d-%H%M%S")
+    """When the launcher started, so that workers which it restarts find the run of those before them; else now."""
+    name = datetime.fromtimestamp(runtime.launcher_start() or time.time()).strftime("%Y%m%d-%H%M%S")
+    if runtime.restart_count():
+        return max((folder.name for folder in runs.glob(f"{name}*")), default=name)
     return next(n for n in (name, *(f"{name}-{i}" for i in range(2, 1000))) if not (runs / n).exists())
 
 
@@ -443,6 +489,45 @@ def _check_unchanged(config: Config, plan: Plan, stored: Checkpoint) -> None:
     if differences and not config.checkpoint.allow_change:
         advice = "set it back, give another run.name, or set checkpoint.allow_change=true"
         raise UserError(*(f"{stored.folder}: {difference}; {advice}" for difference in differences))
+
+
+def note_end(folder: Path, what: dict[str, Any]) -> None:
+    """Notes in ``environment.json`` how the last start of a run ended."""
+    starts = _read_starts(folder)
+    starts[-1] |= what
+    _write_starts(folder, starts)
+
+
+def _note_last_end(folder: Path, starts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Adds to the last start how far its ranks had come, from their heartbeats, which are then removed."""
+    for file in folder.glob(".heartbeat-*"):
+        beats = runtime.read_beats(file.read_bytes())
+        if starts and beats:
+            furthest = max(beats, key=lambda beat: beat.step)
+            starts[-1] |= {"reached": furthest.step}
+            starts[-1].setdefault("fault", f"rank {furthest.rank} ended without a word at {furthest}")
+        file.unlink()
+    return starts
+
+
+def _check_progress(folder: Path, starts: list[dict[str, Any]]) -> None:
+    """Ends what the launcher restarts in vain.
+
+    Raises:
+        Stopped: the workers before these were asked to stop.
+        Fault: the launcher has restarted them twice without a step of progress.
+    """
+    here = runtime.launcher_start()
+    mine = [start for start in starts if here and start["launcher"] == here]
+    if mine and mine[-1].get("stopped"):
+        raise Stopped(f"{folder}: stopped on request; the launcher's restart does not change that")
+    reached = [start.get("reached", 0) for start in mine]
+    if len(reached) > 2 and max(reached[-2:]) <= max(reached[:-2]):
+        raise Fault(f"{folder}: restarted twice without a step of progress; the cause: {mine[-1]['fault']}")
+
+
+def _write_starts(folder: Path, starts: list[dict[str, Any]]) -> None:
+    _write_whole(folder / "environment.json", json.dumps({"starts": starts}, indent=1) + "\n")
 
 
 def _read_starts(folder: Path) -> list[dict[str, Any]]:
@@ -487,6 +572,31 @@ def prepare(files: Sequence[str], overrides: Sequence[str]) -> tuple[Config, Pla
     return config, plan, load_splits(config.data, config.seed), model
 
 
+@contextlib.contextmanager
+def blaming(heartbeat: runtime.Heartbeat, run: Run) -> Iterator[None]:
+    """Finds out which rank ended the run where one did, tells it once a host, and ends the others with exit code 1."""
+    try:
+        yield
+    except (UserError, Stopped, Fault):
+        raise
+    except Exception as error:
+        if not runtime.collective_failed(error):
+            heartbeat.mark(heartbeat.RAISED)
+            _note_fault(run, f"rank {runtime.world().rank} raised {error!r} at {heartbeat}")
+            raise
+        heartbeat.mark(heartbeat.NOTICED)
+        culprit, tells = heartbeat.culprit()
+        if tells:
+            _note_fault(run, culprit)
+            print(f"fault: {culprit}; the run ends, and the same command goes on with it", file=sys.stderr, flush=True)
+        os._exit(runtime.EXIT_FAULT)
+
+
+def _note_fault(run: Run, text: str) -> None:
+    if _read_starts(run.folder) and "fault" not in _read_starts(run.folder)[-1]:
+        note_end(run.folder, {"fault": text})
+
+
 def main() -> None:
     parser = runtime.Parser(
         prog="accelerate launch -m digitdist.train",
@@ -510,7 +620,10 @@ def main() -> None:
         say(f"{run.folder} is finished, at step {run.stored.step:,}; raise train.epochs or train.max_steps to go on")
     else:
         say(introduction(config, plan, splits, order, last_step, run))
-        Trainer(config, accelerator, splits, model, run).train()
+        heartbeat = runtime.Heartbeat(run.heartbeat, plan.world)
+        with blaming(heartbeat, run):
+            Trainer(config, accelerator, splits, model, run, heartbeat).train()
+        run.heartbeat.unlink(missing_ok=True)
     accelerator.end_training()
 
 
