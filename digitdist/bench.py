@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional as F
 
 from digitdist import runtime, train
-from digitdist.config import Config, load
+from digitdist.config import Config, Parser, load
 from digitdist.data import Order
 from digitdist.models import build
 
@@ -56,7 +56,7 @@ def plain_epoch(config: Config) -> float:
 
 
 def main() -> None:
-    parser = runtime.Parser(
+    parser = Parser(
         prog="python -m digitdist.bench",
         description="Seconds of one epoch: the trainer, and the plain way with torchvision's data set and a worker.",
         epilog="example: python -m digitdist.bench --repeats 3 data.batch_size=100",

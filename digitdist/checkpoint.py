@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
+
+from digitdist.config import Parser, UserError
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -208,3 +211,36 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def main() -> None:
+    parser = Parser(
+        prog="python -m digitdist.checkpoint",
+        description="Holds each file of a run's checkpoints against its sum; exit code 1 if one is damaged.",
+        epilog="example: python -m digitdist.checkpoint verify quick",
+    )
+    parser.add_argument("action", choices=["verify"])
+    parser.add_argument("run", metavar="RUN", help="a run's folder, or its name in runs")
+    arguments = parser.parse_args()
+    parents = [run / "checkpoints" for run in (Path(arguments.run), Path("runs") / arguments.run)]
+    parent = next((parent for parent in parents if parent.is_dir()), None)
+    if parent is None:
+        raise UserError(f"{arguments.run}: no run of that folder or name has checkpoints; give runs/NAME")
+    damaged = 0
+    for folder in folders(parent):
+        try:
+            verify(folder)
+            print(f"{folder}: good")
+        except DamagedCheckpoint as damage:
+            damaged += 1
+            print(f"damaged: {damage}")
+    print(f"{len(folders(parent))} checkpoints, {damaged} damaged")
+    sys.exit(1 if damaged else 0)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as mistake:
+        print(f"error: {mistake}", file=sys.stderr)
+        sys.exit(2)

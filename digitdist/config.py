@@ -5,6 +5,7 @@ Every mistake is found before anything is started, and all mistakes are told tog
 
 from __future__ import annotations
 
+import argparse
 import copy
 import dataclasses
 import difflib
@@ -15,7 +16,7 @@ import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import yaml
 from omegaconf import OmegaConf
@@ -31,6 +32,17 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return "\n       ".join(self.mistakes)  # aligned under the first one, which follows "error: "
+
+
+class Parser(argparse.ArgumentParser):
+    """An `ArgumentParser` whose mistakes are told as all others are, and whose help is printed once for all ranks."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help shows what is allowed")
+
+    def print_help(self, file: Any = None) -> None:
+        if os.environ.get("RANK", "0") == "0":
+            super().print_help(file)
 
 
 def key(default: Any, meaning: str, *, low: float | None = None, above: float | None = None, high: float | None = None) -> Any:

@@ -27,8 +27,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from digitdist.config import AugmentConfig, Config, DataConfig, UserError, load
-from digitdist.runtime import Parser, run_command
+from digitdist.config import AugmentConfig, Config, DataConfig, Parser, UserError, load
+from digitdist.runtime import run_command
 
 Batch = tuple[Tensor, Tensor, Tensor]  # images uint8 [n, 28, 28], labels int64 [n], indices int64 [n]
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from digitdist import checkpoint, models, runtime
-from digitdist.config import Config, UserError, load
+from digitdist.config import Config, Parser, UserError, load
 from digitdist.data import SPECS, ImageSet, Sharding, load_splits, loader, normalise
 from digitdist.models import NUM_CLASSES
 
@@ -192,7 +192,7 @@ def _gather(accelerator: Accelerator, rows: Tensor, length: int, padding: int) -
 
 
 def main() -> None:
-    parser = runtime.Parser(
+    parser = Parser(
         prog="python -m digitdist.evaluate",
         description="The exact accuracy of a run's checkpoint, on any number of processes.",
         epilog="example: python -m digitdist.evaluate runs/quick --split test",

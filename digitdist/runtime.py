@@ -5,7 +5,6 @@ What a launch gets wrong is found here, before a process group exists.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import errno
 import mmap
@@ -439,17 +438,6 @@ def _stopped(pid: int) -> bool:
         return psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
     except psutil.NoSuchProcess:
         return False
-
-
-class Parser(argparse.ArgumentParser):
-    """An `ArgumentParser` whose mistakes are told as all others are, and whose help is printed once for all ranks."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help shows what is allowed")
-
-    def print_help(self, file: Any = None) -> None:
-        if is_main():
-            super().print_help(file)
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:

@@ -34,7 +34,7 @@ import digitdist
 from digitdist import checkpoint, evaluate, models, optim, runtime, sync, tracking
 from digitdist import config as configuration
 from digitdist.checkpoint import Checkpoint
-from digitdist.config import Config, UserError
+from digitdist.config import Config, Parser, UserError
 from digitdist.data import Order, Splits, load_splits
 from digitdist.runtime import Fault, Plan, Stopped, say
 
@@ -598,7 +598,7 @@ def _note_fault(run: Run, text: str) -> None:
 
 
 def main() -> None:
-    parser = runtime.Parser(
+    parser = Parser(
         prog="accelerate launch -m digitdist.train",
         description="Trains a digit CNN on whatever the launcher gives: one CPU, one GPU, many of them, many hosts.",
         epilog="example: accelerate launch -m digitdist.train --config configs/quick.yaml train.epochs=1\n\n"

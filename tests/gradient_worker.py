@@ -12,8 +12,8 @@ from test_sync import check_against_reference
 from digitdist.config import load
 from digitdist.data import load_splits
 
-torch.set_num_threads(1)
 accelerator = Accelerator(cpu=True)
+torch.set_num_threads(1)  # after Accelerate, which sets its own
 splits = load_splits(load((), [f"data.root={sys.argv[1]}"]).data, 0)
 cases = random.Random(0)
 for case in range(12):

@@ -81,3 +81,60 @@ def test_a_loss_that_is_not_finite_stops_all_ranks(place: Path):
     assert done.code == 1
     assert "the loss of step" in done.err
     assert "on rank 0, 1" in done.err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_exact_gives_the_same_bits_on_any_world_and_a_mutation_would_show(mnist_root: Path):
+    """Over batch, shards, accumulate and images, tail batches and empty shards included."""
+    worker = (str(ROOT / "tests/exact_worker.py"), str(mnist_root))
+    outcomes = {n: torchrun(n, *worker, cwd=ROOT / "tests") for n in WORLDS}
+    assert all(done.code == 0 for done in outcomes.values()), outcomes
+    hashes = {n: json.loads(done.out) for n, done in outcomes.items()}
+    for name in (name for name in hashes[1] if name.startswith("case")):
+        assert len({hashes[n][name] for n in WORLDS}) == 1, name
+    for name in ("seed", "order", "tree"):
+        assert hashes[3][f"mutation {name}"] != hashes[1][f"mutation {name}"], name
+    assert all(hashes[n]["sentinel equal"] == "equal" for n in WORLDS)
+    assert all("step 5: rank 1 and rank 0 differ in b" in hashes[n]["sentinel different"] for n in WORLDS[1:])
+
+
+EXACT = (*TRAIN, "sync.mode=exact", "run.name=a")
+OPTIONS = {
+    "everything at once": (
+        *("model.name=cnn_batchnorm", "optim.name=adamw", "optim.ema=0.9", "optim.clip_norm=0.5", "train.precision=bf16"),
+        *("schedule.name=onecycle", "augment.rotate=10", "augment.scale=0.1", "train.accumulate=2", "data.batch_size=1001"),
+        *("train.label_smoothing=0.1", "train.max_steps=8", "train.log_every=1", "data.validation=500", "sync.check_every=3"),
+    ),
+    "batches of 7000, sgd": ("data.batch_size=7000", "train.epochs=2", "optim.name=sgd", "optim.lr=0.05", "train.log_every=1"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_an_exact_run_is_the_same_run_on_any_world(tmp_path: Path, mnist_root: Path, options: tuple[str, ...]):
+    found = []
+    for world_size in WORLDS:
+        place = tmp_path / str(world_size)
+        place.mkdir()
+        (place / "data").symlink_to(mnist_root)
+        check_run(torchrun(world_size, *EXACT, *options, cwd=place, timeout=200), place / "runs/a", world_size)
+        saved = np.load(place / "runs/a/predictions.npz")
+        found.append((result(place / "runs/a")["weights_sha256"], events(place / "runs/a"), saved["probability"].tobytes()))
+    assert all(other == found[0] for other in found)
+    assert len(found[0][1]) > 8
+
+
+def test_a_short_exact_run_has_the_same_weights_on_three_processes_as_on_one(place: Path):
+    options = ("train.max_steps=6", "train.log_every=1", "data.batch_size=101")
+    assert python(*EXACT, *options, cwd=place).code == 0
+    assert torchrun(3, *EXACT, "run.name=b", *options, cwd=place).code == 0
+    assert result(place / "runs/a")["weights_sha256"] == result(place / "runs/b")["weights_sha256"]
+    assert events(place / "runs/a") == events(place / "runs/b")
+
+
+def test_exact_takes_no_more_processes_than_shards(place: Path):
+    done = torchrun(3, *EXACT, "sync.shards=2", cwd=place)
+    assert len(done.errors) == 1
+    assert "sync.shards=2" in done.errors[0]
