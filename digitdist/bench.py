@@ -1,4 +1,4 @@
-"""Speed on this machine: an epoch of the trainer beside an epoch of the plain way, interleaved in one run.
+"""Speed on this machine, measured in turn in one run: the trainer beside the plain way, and exact steps beside ddp ones.
 
 python -m digitdist.bench
 """
@@ -11,12 +11,14 @@ import multiprocessing
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 
 import torch
 from torch.nn import functional as F
 
-from digitdist import runtime, train
+from digitdist import optim, runtime, sync, train
 from digitdist.config import Config, Parser, load
 from digitdist.data import Order
 from digitdist.models import build
@@ -37,10 +39,7 @@ def trainer_epoch(overrides: list[str]) -> float:
 
 
 def plain_epoch(config: Config) -> float:
-    """Seconds of one epoch the plain way: torchvision's MNIST, `ToTensor` an image, one worker process.
-
-    To be run in a process of its own, which nothing of the trainer has touched.
-    """
+    """Seconds of one epoch the plain way: torchvision's MNIST, `ToTensor` an image, one worker process."""
     import torchvision
 
     images = torchvision.datasets.MNIST(config.data.root, transform=torchvision.transforms.ToTensor())
@@ -55,24 +54,60 @@ def plain_epoch(config: Config) -> float:
     return time.perf_counter() - start
 
 
+def stepper(overrides: list[str]) -> Callable[[int], float]:
+    """A function that takes some steps of a training under this configuration and gives their seconds."""
+    config, plan, splits, model = train.prepare([], overrides)
+    accelerator = runtime.start(config, plan)
+    model.to(accelerator.device).to(memory_format=torch.channels_last)
+    how = sync.build(config, accelerator, model, lambda phase: None)
+    optimizer = optim.build(model, config.optim)
+    order = Order(len(splits.train), config.data.batch_size, config.seed)
+
+    def steps(count: int) -> float:
+        batches = iter(order.epoch_loader(splits.train, 0, how.sharding))
+        start = time.perf_counter()
+        for step in range(count):
+            how.gradients(next(batches), order.batch_size, step, stop=False)
+            optimizer.step()
+            optimizer.zero_grad()
+        return time.perf_counter() - start
+
+    return steps
+
+
+def in_turn(first: Callable[[], float], second: Callable[[], float], repeats: int) -> tuple[float, float, str]:
+    """Median seconds of each, measured in turn, and their ratio in words: median, least and greatest."""
+    rows = [(first(), second()) for _ in range(repeats)]
+    ratios = [a / b for a, b in rows]
+    words = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f} over {repeats})"
+    return statistics.median(a for a, _ in rows), statistics.median(b for _, b in rows), words
+
+
 def main() -> None:
     parser = Parser(
         prog="python -m digitdist.bench",
-        description="Seconds of one epoch: the trainer, and the plain way with torchvision's data set and a worker.",
-        epilog="example: python -m digitdist.bench --repeats 3 data.batch_size=100",
+        description="An epoch of the trainer beside the plain way, and steps of exact beside ddp on one process and thread.",
+        epilog="example: python -m digitdist.bench --repeats 3 data.root=data",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration, such as data.root=data")
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="epochs of each, in turn (default: 3)")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="how often each is measured (default: 3)")
     arguments = parser.parse_args()
     config = load((), arguments.overrides)
-    rows: list[tuple[float, float]] = []
-    for _ in range(arguments.repeats):
-        ours = trainer_epoch(arguments.overrides)
+
+    def plain() -> float:  # in a process of its own, which nothing of the trainer has touched
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
-            rows.append((ours, fresh.submit(plain_epoch, config).result()))
-        print(f"trainer {rows[-1][0]:6.2f} s   plain {rows[-1][1]:6.2f} s   ratio {rows[-1][0] / rows[-1][1]:.2f}", flush=True)
-    ratios = [ours / plain for ours, plain in rows]
-    print(f"one epoch takes {statistics.median(ratios):.0%} of the plain way's time ({min(ratios):.0%} to {max(ratios):.0%})")
+            return fresh.submit(plain_epoch, config).result()
+
+    ours, theirs, ratio = in_turn(lambda: trainer_epoch(arguments.overrides), plain, arguments.repeats)
+    print(f"an epoch: trainer {ours:.1f} s, plain way {theirs:.1f} s, ratio {ratio}", flush=True)
+    for batch_size, count in ((100, 60), (512, 12)):
+        options = [*arguments.overrides, f"data.batch_size={batch_size}", "train.threads=1"]
+        exact, ddp = stepper([*options, "sync.mode=exact"]), stepper([*options, "sync.mode=ddp"])
+        for warm in (exact, ddp):
+            warm(count)
+        slow, fast, ratio = in_turn(partial(exact, count), partial(ddp, count), 3 * arguments.repeats)
+        milliseconds = [f"{1e3 * seconds / count:.1f} ms" for seconds in (slow, fast)]
+        print(f"a step of {batch_size}: exact {milliseconds[0]}, ddp {milliseconds[1]}, ratio {ratio}", flush=True)
 
 
 if __name__ == "__main__":

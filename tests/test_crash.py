@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from launching import BIN, CLEAN, QUIET, Outcome, accelerate, events, python, result, torchrun
+from launching import BIN, CLEAN, QUIET, ROOT, Outcome, accelerate, events, python, result, run, torchrun
 
 from digitdist.checkpoint import folders
 
@@ -159,13 +159,15 @@ def test_a_run_killed_three_times_ends_as_the_unbroken_one_on_other_worlds(place
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", [torchrun, accelerate])
-def test_a_launcher_brings_a_killed_run_back(place: Path, unbroken: Path, launcher):
-    env = fault("kill rank=1 step=30 phase=backward") | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    if launcher is torchrun:
-        done = torchrun(2, *RESTARTS, "--rdzv_endpoint", "127.0.0.1:0", *EXACT, cwd=place, env=env)
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate launch"])
+def test_a_launcher_brings_a_killed_run_back(place: Path, unbroken: Path, launcher: str):
+    env = fault("kill rank=1 step=30 phase=backward")
+    if launcher == "torchrun":
+        path = {"PATH": f"{BIN}:{os.environ['PATH']}"}
+        done = run([str(ROOT / "launch/elastic.sh"), "2", *EXACT[2:]], cwd=place, env=env | path, timeout=100)
     else:
         where = ("--multi_gpu", "--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", "0")
+        env |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         done = accelerate(*where, *RESTARTS, *EXACT, cwd=place, env=env)
     assert done.code == 0, done.err
     assert "goes on from step 20" in done.out
