@@ -73,6 +73,11 @@ def world() -> World:
                     f"{starter} started {env[name]} copies ({name}), but WORLD_SIZE is not set, so that each would train"
                     " by itself; start one torchrun or accelerate launch per host"
                 )
+        if "ACCELERATE_MIXED_PRECISION" in env and "MASTER_PORT" in env:  # so it says, and then starts one
+            raise UserError(
+                "accelerate launch was asked for several processes, but starts only one on a host without GPUs;"
+                " add --multi_gpu, which starts them on CPUs too"
+            )
         return World(0, 1, 0, 1)
     numbers = {}
     for name, default in (
@@ -151,6 +156,8 @@ def plan(config: Config) -> Plan:
         mistakes += error.mistakes
     if mistakes:
         raise UserError(*mistakes)
+    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper() != "NO":
+        notes += ("accelerate launch asked for a dynamo backend, which is not used",)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     shared = 1 if config.sync.mode == "exact" else max(1, cores // here.local_size)
     return Plan(here, cpu, device_type, precision, config.train.threads or shared, notes)
@@ -196,6 +203,7 @@ def start(config: Config, plan: Plan) -> Accelerator:
         UserError: the world that Accelerate made is not the launcher's.
     """
     _keep_freed_memory()
+    os.environ["ACCELERATE_DYNAMO_BACKEND"] = "NO"
     os.environ.setdefault("OMP_NUM_THREADS", str(plan.threads))  # Accelerate warns where it is not set
     # Accelerate passes DistributedDataParallel an argument that has a new name.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
@@ -442,6 +450,7 @@ def _stopped(pid: int) -> bool:
 
 def run_command(main: Callable[[], None]) -> NoReturn:
     """Runs a command and ends the process with the exit code that its outcome has."""
+    _die_with_the_launcher()
     try:
         main()
     except UserError as error:
@@ -486,6 +495,16 @@ def _wait_for_the_launcher() -> None:
     """Leaves the word to a rank that may be slower than this one: the launcher ends all as soon as one has ended."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(TELL_GRACE_S)
+
+
+def _die_with_the_launcher() -> None:
+    """Has Linux kill this process when its launcher is killed: torchrun gives its workers sessions of their own, in which
+    they would train on unseen, and hold the run's lock."""
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        parent, set_parent_death_signal = os.getppid(), 1  # linux/prctl.h
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(EXIT_FAULT)
 
 
 def _keep_freed_memory() -> None:

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from launching import BIN, CLEAN, QUIET, ROOT, Outcome, accelerate, events, python, result, run, torchrun
 
@@ -99,8 +100,8 @@ def test_a_stop_saves_and_ends_with_75_and_the_same_command_goes_on(place: Path,
 def test_a_signal_to_one_rank_stops_all(place: Path, unbroken: Path):
     process = start(3, *EXACT, cwd=place)
     wait_for_step(place / "runs/a", 10, process)
-    pids = subprocess.run(["pgrep", "-g", str(process.pid), "-f", "digitdist.train"], capture_output=True, text=True).stdout
-    workers = [int(pid) for pid in pids.split() if int(pid) != process.pid]
+    workers = [child.pid for child in psutil.Process(process.pid).children()]
+    assert len(workers) == 3
     os.kill(max(workers), signal.SIGUSR1)
     out, _ = process.communicate(timeout=30)
     assert "stopped on request" in out

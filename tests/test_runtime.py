@@ -33,6 +33,7 @@ def test_the_world_is_the_launchers(monkeypatch: pytest.MonkeyPatch, env: dict[s
         ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": ""}, "MASTER_ADDR"),
         ({"SLURM_STEP_NUM_TASKS": "3"}, "srun started 3 copies"),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "mpirun started 2 copies"),
+        ({"ACCELERATE_MIXED_PRECISION": "no"}, "add --multi_gpu"),
     ],
 )
 def test_a_world_that_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch, env: dict[str, str], part: str):
