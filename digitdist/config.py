@@ -35,7 +35,14 @@ class UserError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """An `ArgumentParser` whose mistakes are told as all others are, and whose help is printed once for all ranks."""
+    """An `ArgumentParser` that takes options anywhere between ``key=value``, whose mistakes are told as all others are, and
+    whose help is printed once for all ranks."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def parse_args(self, *arguments: Any) -> argparse.Namespace:  # type: ignore[override]
+        return self.parse_intermixed_args(*arguments)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; --help shows what is allowed")
@@ -381,9 +388,12 @@ def _check_names(config: Config) -> list[str]:
     if resume not in ("auto", "never") and not Path(resume).is_dir():
         mistakes.append(f"checkpoint.resume={resume}: there is no such folder; give auto, never or a checkpoint's folder")
     for label, folder in (("run.dir", runs), ("data.root", Path(config.data.root))):
-        there = next((p for p in (folder, *folder.absolute().parents) if p.exists()), Path("/"))
+        there = nearest_folder(folder)
         if not there.is_dir():
             mistakes.append(f"{label}={folder}: {there} is a file; give a folder")
-        elif label == "run.dir" and not os.access(there, os.W_OK | os.X_OK):
-            mistakes.append(f"{label}={folder}: no permission to write in {there}; give a folder that you own")
     return mistakes
+
+
+def nearest_folder(path: Path) -> Path:
+    """`path`, or the nearest of the folders above it that is there."""
+    return next((p for p in (path, *path.absolute().parents) if p.exists()), Path("/"))

@@ -9,7 +9,10 @@ import io
 import json
 import math
 import os
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +156,17 @@ def find_run(name: str, runs: str = "runs") -> Path:
     raise UserError(f"{name}: no run of that folder or name (a run has a config.yaml); {known}")
 
 
+def open_run(name: str, overrides: Sequence[str]) -> tuple[Path, Config]:
+    """The folder of a run and its configuration, wherever the run was made or has been copied to.
+
+    Raises:
+        UserError: there is no such run, or a mistake in `overrides`.
+    """
+    run = find_run(name, load((), [o for o in overrides if o.startswith("run.dir=")]).run.dir)
+    here = ["checkpoint.resume=auto", f"run.dir={run.parent}"]
+    return run, load([str(run / "config.yaml")], [*here, *overrides])
+
+
 def read_checkpoint(run: Path, which: str) -> checkpoint.Checkpoint:
     """The checkpoint `which` of a run: `last` (the newest good one), `best` by validation accuracy, or a step.
 
@@ -160,7 +174,7 @@ def read_checkpoint(run: Path, which: str) -> checkpoint.Checkpoint:
         UserError: there is no such checkpoint, or it is damaged.
     """
     folder = run / "checkpoints"
-    last = checkpoint.newest_good(folder, runtime.say)
+    last = checkpoint.newest_good(folder, partial(print, file=sys.stderr))
     if last is None:
         raise UserError(f"{run}: no good checkpoint in {folder}; train the run first")
     if which == "last":
@@ -204,9 +218,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     arguments = parser.parse_args()
 
-    runs = load((), [o for o in arguments.overrides if o.startswith("run.dir=")]).run.dir
-    run = find_run(arguments.run, runs)
-    config = load([str(run / "config.yaml")], ["checkpoint.resume=auto", *arguments.overrides])
+    run, config = open_run(arguments.run, arguments.overrides)
     plan = runtime.plan(config)
     images = getattr(load_splits(config.data, config.seed), arguments.split)
     if not len(images):

@@ -5,7 +5,6 @@ accelerate launch -m digitdist.train [--config FILE] [key=value ...]
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -567,6 +566,8 @@ def prepare(files: Sequence[str], overrides: Sequence[str]) -> tuple[Config, Pla
         mistakes += error.mistakes
     if config.tracking.wandb == "online" and not tracking.has_wandb_key():
         mistakes.append("tracking.wandb=online needs a key: run wandb login, or set tracking.wandb=offline")
+    if not os.access(configuration.nearest_folder(Path(config.run.dir)), os.W_OK | os.X_OK):
+        mistakes.append(f"run.dir={config.run.dir}: no permission to write there; give a folder that you own")
     if mistakes or plan is None or model is None:
         raise UserError(*mistakes)
     return config, plan, load_splits(config.data, config.seed), model
@@ -603,7 +604,6 @@ def main() -> None:
         description="Trains a digit CNN on whatever the launcher gives: one CPU, one GPU, many of them, many hosts.",
         epilog="example: accelerate launch -m digitdist.train --config configs/quick.yaml train.epochs=1\n\n"
         + configuration.describe(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", action="append", default=[], metavar="FILE", help="a YAML file; may be repeated")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides the files; the last one wins")

@@ -76,7 +76,7 @@ def test_a_terminal_gets_a_bar(place: Path):
 
 def test_evaluate_gives_the_same_count(place: Path):
     assert python(*TRAIN, *QUIET, "train.max_steps=20", "run.name=a", "optim.ema=0.9", cwd=place).code == 0
-    done = python("-m", "digitdist.evaluate", "a", "--json", cwd=place)
+    done = python("-m", "digitdist.evaluate", "a", "--json", "data.root=data", cwd=place)
     assert done.code == 0, done.err
     assert json.loads(done.out)["correct"] == result(place / "runs/a")["test_correct"]
     assert len(json.loads(done.out)["confusion"]) == 10
