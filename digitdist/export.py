@@ -29,9 +29,9 @@ from torch import Tensor, nn
 
 import digitdist
 from digitdist import checkpoint, models, runtime
-from digitdist.config import Config, UserError, load
+from digitdist.config import Config, Parser, UserError
 from digitdist.data import SPECS, Spec, load_splits, normalise
-from digitdist.evaluate import find_run, load_weights, read_checkpoint
+from digitdist.evaluate import load_weights, open_run, read_checkpoint
 
 INPUT, OUTPUT = "images", "probabilities"
 Metadata = dict[str, Any]
@@ -233,7 +233,7 @@ def _check(form: str, file: Path) -> None:
 
 
 def main() -> None:
-    parser = runtime.Parser(
+    parser = Parser(
         prog="python -m digitdist.export",
         description="A run's model as one file, from raw images to probabilities, and a parity check against the run.",
         epilog="example: python -m digitdist.export runs/quick --format onnx",
@@ -243,14 +243,11 @@ def main() -> None:
     parser.add_argument("--format", required=True, choices=FORMATS, help="safetensors holds the weights alone")
     parser.add_argument("--output", metavar="FILE", help="default: export/model.onnx, .pt2 or .safetensors in the run's folder")
     parser.add_argument("--checkpoint", default="last", metavar="WHICH", help="last, best, or a step (default: last)")
-    arguments = parser.parse_intermixed_args()  # key=value may stand after the options, too
+    arguments = parser.parse_args()
 
     if runtime.world().size > 1:
         raise UserError("an export is the work of one process; start it with python -m digitdist.export")
-    runs = load((), [o for o in arguments.overrides if o.startswith("run.dir=")]).run.dir
-    run = find_run(arguments.run, runs)
-    # A run may come from another machine: the folders that it names are not here.
-    config = load([str(run / "config.yaml")], ["checkpoint.resume=auto", f"run.dir={run.parent}", *arguments.overrides])
+    run, config = open_run(arguments.run, arguments.overrides)
     file = Path(arguments.output or run / "export" / f"model.{FORMATS[arguments.format][0]}")
     _check(arguments.format, file)
     runtime.say(export(run, config, arguments.checkpoint, arguments.format, file))

@@ -20,6 +20,8 @@ from digitdist.checkpoint import Checkpoint, weights_sha256
 from digitdist.config import UserError, load
 from digitdist.data import Splits
 
+pytestmark = pytest.mark.slow  # exporters take seconds each
+
 COMMAND = ("-m", "digitdist.export")
 FILES = {"onnx": "model.onnx", "torch": "model.pt2", "safetensors": "model.safetensors"}
 READ_MNIST = """
