@@ -51,6 +51,6 @@ def test_the_walk_over_imports_sees_every_form(tmp_path: Path):
 
 
 def test_slow_imports_wait_until_they_are_used():
-    code = "import sys; import digitdist.train; print(*sys.modules)"
+    code = "import sys; import digitdist.train, digitdist.report; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torchvision", "wandb", "matplotlib", "torch._dynamo"} & set(modules)
