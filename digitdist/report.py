@@ -3,7 +3,7 @@
 A page is one file that needs no network and no script, and every text in it is escaped. It is made from the files in the
 run's folder, and from the test images where they can be had; what is missing or damaged is said, and the rest is shown.
 
-python -m digitdist.report RUN...
+    python -m digitdist.report RUN...
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import yaml
 
 from digitdist import config as configuration
 from digitdist import runtime
-from digitdist.config import KEYS, DataConfig, UserError
+from digitdist.config import KEYS, DataConfig, Parser, UserError
 from digitdist.data import SPECS, ImageSet, load_splits
 from digitdist.evaluate import Evaluation, find_run, wilson_interval
 from digitdist.models import NUM_CLASSES
@@ -656,7 +656,7 @@ def _differing(records: Sequence[Record], names: Sequence[str]) -> str:
 
 
 def main() -> None:
-    parser = runtime.Parser(
+    parser = Parser(
         prog="python -m digitdist.report",
         description="Plots and one HTML page of each run, and of several runs a page that compares them.",
         epilog="example: python -m digitdist.report quick other --output comparison.html",

@@ -392,11 +392,11 @@ def open_run(config: Config, plan: Plan, last_step: int, held: list[FileLock]) -
         run.stored = _checkpoint_at(Path(config.checkpoint.resume))
     if run.stored:
         _check_unchanged(config, plan, run.stored)
-        result = folder / "result.json"
-        run.finished = run.stored.step >= last_step and result.is_file()
+        run.finished = run.stored.step >= last_step and (folder / "result.json").is_file()
         if run.finished:
             return run
-        result.unlink(missing_ok=True)
+        for name in ("result.json", "predictions.npz"):  # of the end that is now to be passed
+            (folder / name).unlink(missing_ok=True)
     starts = _note_last_end(folder, _read_starts(folder))
     _check_progress(folder, starts)
     run.wandb_id = starts[0]["wandb_id"] if starts else secrets.token_hex(4)
@@ -504,7 +504,8 @@ def _note_last_end(folder: Path, starts: list[dict[str, Any]]) -> list[dict[str,
         if starts and beats:
             furthest = max(beats, key=lambda beat: beat.step)
             starts[-1] |= {"reached": furthest.step}
-            starts[-1].setdefault("fault", f"rank {furthest.rank} ended without a word at {furthest}")
+            if "stopped" not in starts[-1]:
+                starts[-1].setdefault("fault", f"rank {furthest.rank} ended without a word at {furthest}")
         file.unlink()
     return starts
 

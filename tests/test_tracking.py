@@ -10,14 +10,14 @@ from digitdist.tracking import RunTracker, read_metrics
 
 
 def logged(folder: Path, *steps: int) -> None:
-    tracker = RunTracker(folder, None)
+    tracker = RunTracker(folder, None, print)
     for step in steps:
         tracker.log({"train/loss": 1 / step}, step, step / 10)
     tracker.finish({})
 
 
 def test_an_event_is_one_flushed_line(tmp_path: Path):
-    tracker = RunTracker(tmp_path, None)
+    tracker = RunTracker(tmp_path, None, print)
     tracker.log({"train/loss": 0.5}, 20, 0.2)
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     event = json.loads(line)
