@@ -14,7 +14,6 @@ import io
 import json
 import os
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,9 +25,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from digitdist import models, runtime
-from digitdist.config import UserError, load
+from digitdist.config import Parser, UserError
 from digitdist.data import SPECS, Spec, normalise
-from digitdist.evaluate import find_run, load_weights, read_checkpoint
+from digitdist.evaluate import load_weights, open_run, read_checkpoint
 from digitdist.models import IMAGE_SHAPE, NUM_CLASSES
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "PPM", "TIFF")  # not all of Pillow's: one of them starts a program
@@ -211,7 +210,7 @@ def _read(name: str) -> bytes:
 
 
 def main() -> None:
-    parser = runtime.Parser(
+    parser = Parser(
         prog="python -m digitdist.predict",
         description="The digit in each image, with its probability, by the model of a run.",
         epilog="example: python -m digitdist.predict runs/quick digit.png photos --top 3",
@@ -222,16 +221,13 @@ def main() -> None:
     parser.add_argument("--top", type=int, choices=ks, default=1, metavar="K", help="list the K most probable (default: 1)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of text")
     parser.add_argument("--checkpoint", default="last", metavar="WHICH", help="last, best, or a step (default: last)")
-    arguments = parser.parse_intermixed_args()
-    run_dir = [name.removeprefix("run.dir=") for name in arguments.images if name.startswith("run.dir=")]
-    names = [name for name in arguments.images if not name.startswith("run.dir=")]
+    arguments = parser.parse_args()
+    run_dir = [name for name in arguments.images if name.startswith("run.dir=")]
+    names = [name for name in arguments.images if name not in run_dir]
     if not names:
         raise UserError("no IMAGE is given; give a file, a folder, or - for stdin")
 
-    run = find_run(arguments.run, *run_dir[-1:])
-    # The folders that the run was made in need not be here.
-    here = ["checkpoint.resume=auto", "data.root=.", f"run.dir={tempfile.gettempdir()}"]
-    config = load([str(run / "config.yaml")], here)
+    run, config = open_run(arguments.run, ["data.root=.", *run_dir])  # the data set need not be here
     with contextlib.redirect_stdout(sys.stderr):  # what they say is no prediction
         model = models.build(config.model, config.seed).eval()
         load_weights(model, read_checkpoint(run, arguments.checkpoint))

@@ -21,6 +21,8 @@ from digitdist.data import SPECS, Splits, normalise
 from digitdist.predict import main, mnist_form, open_image, predict
 
 Array = np.ndarray
+pytestmark = pytest.mark.slow
+
 NUM_TEST = 200
 
 

@@ -23,6 +23,8 @@ from digitdist.config import UserError
 from digitdist.data import ImageSet, Splits
 from digitdist.evaluate import Evaluation
 
+pytestmark = pytest.mark.slow
+
 PLOTS = ["calibration.png", "confusion.png", "curves.png", "mistakes.png", "throughput.png"]
 NASTY = "\"><script src=http://x.invalid/a.js></script>'&"
 
