@@ -27,7 +27,7 @@ from digitdist.models import build
 def trainer_epoch(overrides: list[str]) -> float:
     """`train_seconds` of one epoch of the trainer under this configuration, in a run folder that is removed."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        fixed = ["train.epochs=1", f"run.dir={folder}", "tracking.wandb=disabled", "train.eval_every=0"]
+        fixed = ["train.epochs=1", f"run.dir={folder}", "tracking.wandb=disabled", "train.eval_every=0", "run.report=false"]
         config, plan, splits, model = train.prepare([], [*overrides, *fixed])
         last_step = Order(len(splits.train), config.data.batch_size, config.seed).steps_per_epoch
         accelerator = runtime.start(config, plan)

@@ -141,6 +141,7 @@ class CheckpointConfig:
 class RunConfig:
     dir: str = key("runs", "folder of all runs")
     name: str | None = key(None, "folder of this run in run.dir; default: the time")
+    report: bool = key(True, "write plots and report.html at the end")
 
 
 @dataclass
@@ -170,7 +171,7 @@ class Config:
 HARMLESS = {  # keys that leave a run's weights as they are: they may change when it goes on
     *("data.root", "data.eval_batch_size", "train.epochs", "train.max_steps", "train.threads", "train.log_every"),
     *("train.eval_every", "sync.check_every", "sync.timeout_s", "checkpoint.every_steps", "checkpoint.keep"),
-    *("checkpoint.resume", "checkpoint.allow_change", "run.dir", "run.name"),
+    *("checkpoint.resume", "checkpoint.allow_change", "run.dir", "run.name", "run.report"),
     *("tracking.wandb", "tracking.project", "tracking.entity"),
 }
 

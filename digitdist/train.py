@@ -594,6 +594,16 @@ def blaming(heartbeat: runtime.Heartbeat, run: Run) -> Iterator[None]:
         os._exit(runtime.EXIT_FAULT)
 
 
+def write_report(folder: Path) -> None:
+    """Makes plots and page of a run in a process of its own: whatever becomes of it, the training is done."""
+    command = [sys.executable, "-m", "digitdist.report", str(folder)]
+    made = subprocess.run(command, capture_output=True, text=True, check=False)
+    if made.returncode:
+        say(f"no report: {made.stderr.strip()[-300:]}; later: python -m digitdist.report {folder}")
+    else:
+        say(f"report in {folder / 'report.html'}")
+
+
 def _note_fault(run: Run, text: str) -> None:
     if _read_starts(run.folder) and "fault" not in _read_starts(run.folder)[-1]:
         note_end(run.folder, {"fault": text})
@@ -625,6 +635,8 @@ def main() -> None:
         with blaming(heartbeat, run):
             Trainer(config, accelerator, splits, model, run, heartbeat).train()
         run.heartbeat.unlink(missing_ok=True)
+        if runtime.is_main() and config.run.report:
+            write_report(run.folder)
     accelerator.end_training()
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).parent.parent
-QUIET = ("tracking.wandb=disabled",)
+QUIET = ("tracking.wandb=disabled", "run.report=false")
 CLEAN = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "ACCELERATE_", "SLURM_", "OMP_"))}
 
 

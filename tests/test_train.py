@@ -94,6 +94,15 @@ def test_a_mistake_ends_with_2_and_leaves_nothing(place: Path, extra: tuple[str,
     assert not (place / "runs").exists()
 
 
+@pytest.mark.slow
+def test_a_run_ends_with_its_report(place: Path):
+    done = python(*TRAIN, *QUIET, "run.report=true", "train.max_steps=20", "run.name=a", cwd=place)
+    assert done.code == 0
+    assert "report in runs/a/report.html" in done.out
+    assert len(list((place / "runs/a/plots").glob("*.png"))) == 5
+    assert b"<html" in (place / "runs/a/report.html").read_bytes()
+
+
 def test_a_loss_that_is_not_finite_stops_before_it_reaches_a_weight(place: Path):
     done = python(*TRAIN, *QUIET, "optim.name=sgd", "optim.lr=1e15", "checkpoint.every_steps=1", cwd=place)
     assert done.code == 1
