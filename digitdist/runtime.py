@@ -366,7 +366,7 @@ class Heartbeat:
         self._write()
 
     def enter(self, phase: str, since: float | None = None) -> None:
-        """Begins a phase: data, forward, backward, sync, update, log, eval or save, now or at the `time.perf_counter()` given."""
+        """Begins a phase: data, forward, backward, sync, update, log, eval or save; `since` an earlier `perf_counter()`."""
         self._note_time(max(since or time.perf_counter(), self._since))
         self._phase = PHASES.index(phase)
         self._write()

@@ -157,6 +157,7 @@ class Wandb:
         if self._mode == "disabled":
             return
         os.environ.setdefault("WANDB_DATA_DIR", str(self._mark.parent.resolve()))  # where an artifact waits for a sync
+        os.environ.setdefault("WANDB_SILENT", "true")  # it speaks before it has seen its settings
         import wandb  # 0.7 s, and never imported where it is disabled
 
         self._wandb = wandb
@@ -321,4 +322,4 @@ def _unreachable() -> str | None:
 
 
 def _in_a_line(error: object) -> str:
-    return " ".join(str(error).split())
+    return " ".join(str(error).split()) or type(error).__name__
