@@ -32,8 +32,8 @@ from digitdist.config import UserError
 METRICS = "metrics.jsonl"
 PROBE_TIMEOUT_S = 3.0  # for one HTTP answer of the W&B server
 INIT_TIMEOUT_S = 3.0  # wandb adds up to 10 s to this before it gives up
-UPLOAD_TIMEOUT_S = 8.0  # for what is left to send at the end
-FINISH_TIMEOUT_S = 12.0  # for all that training ever waits for W&B
+UPLOAD_TIMEOUT_S = 7.0  # for what is left to send at the end
+FINISH_TIMEOUT_S = 10.0  # for all that training ever waits for W&B
 
 Say = Callable[[str], None]
 Media = Callable[[Any], Any]  # makes an object of W&B's from the module wandb, which is imported only in W&B's thread
@@ -121,7 +121,7 @@ class Wandb:
         self._thread: threading.Thread | None = None
         self._wandb: Any = None
         self._run: Any = None
-        self._mode = "offline"
+        self._mode, self._left = "offline", False
         self._row: dict[str, Any] = {}
         self._mark = folder / "wandb" / "last-step"
         self._sent = int(self._mark.read_text()) if self._mark.exists() else -1
@@ -139,6 +139,7 @@ class Wandb:
         self._todo.put(None)
         self._thread.join(FINISH_TIMEOUT_S)
         if self._thread.is_alive():
+            self._left = True
             self._say(f"W&B does not answer and is left; {self._later()}")
             _kill_service()
 
@@ -149,6 +150,8 @@ class Wandb:
             for act in iter(self._todo.get, None):
                 act()
         except Exception as error:  # whatever W&B raises is not worth a training; metrics.jsonl has it all
+            if self._left:
+                return
             self._say(f"W&B failed and is left out from here on ({_in_a_line(error)}); {self._later()}")
             _kill_service()
 

@@ -19,7 +19,13 @@ BUCKET = {
 }
 VIEWER = {"id": "viewer", "entity": "someone", "username": "someone", "flags": "{}", "teams": {"edges": []}}
 INFO = {"cliVersionInfo": {"max_cli_version": "99.0.0"}, "latestLocalVersionInfo": None, "features": []}
-DATA = {"viewer": VIEWER, "serverInfo": INFO, "upsertBucket": {"bucket": BUCKET, "inserted": True}, "model": None}
+DATA = {
+    "viewer": VIEWER,
+    "serverInfo": INFO,
+    "upsertBucket": {"bucket": BUCKET, "inserted": True},
+    "model": None,
+    "project": None,
+}
 
 
 class Server:
