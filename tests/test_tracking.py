@@ -189,12 +189,12 @@ def disabled(tmp_path_factory: pytest.TempPathFactory, mnist_root: Path) -> tupl
     return place / "runs/a", time.monotonic() - start
 
 
-def same_run(folder: Path, disabled: tuple[Path, float], start: float) -> None:
+def same_run(folder: Path, disabled: tuple[Path, float], start: float, more_s: float) -> None:
     seconds = time.monotonic() - start
     print(f"{seconds:.1f} s, disabled {disabled[1]:.1f} s")
     assert result(folder)["weights_sha256"] == result(disabled[0])["weights_sha256"]
     assert events(folder) == events(disabled[0])
-    assert seconds < disabled[1] + 30
+    assert seconds < disabled[1] + more_s
 
 
 @pytest.mark.slow
@@ -212,7 +212,7 @@ def test_without_a_server_nothing_is_lost(mode: str, env: dict[str, str], place:
     start = time.monotonic()
     code, shown = on_a_terminal(*TRAIN, *STEPS, f"tracking.wandb={mode}", cwd=place, env=env | {"HOME": str(place)})
     assert code == 0, shown
-    same_run(place / "runs/a", disabled, start)
+    same_run(place / "runs/a", disabled, start, more_s=30)
     assert ("wandb sync runs/a/wandb/offline-run-*" in shown) == (mode != "offline")
     assert "W&B failed" not in shown
     (segment,) = segments(place / "runs/a")
@@ -230,7 +230,7 @@ def test_a_server_that_misbehaves_changes_nothing(
     start = time.monotonic()
     done = python(*TRAIN, *STEPS, cwd=place, env=with_key(server.url))
     assert done.code == 0, done.err
-    same_run(place / "runs/a", disabled, start)
+    same_run(place / "runs/a", disabled, start, more_s=15)
     assert sum(line.startswith("W&B") for line in done.out.splitlines()) == 1
 
 

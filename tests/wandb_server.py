@@ -19,12 +19,14 @@ BUCKET = {
 }
 VIEWER = {"id": "viewer", "entity": "someone", "username": "someone", "flags": "{}", "teams": {"edges": []}}
 INFO = {"cliVersionInfo": {"max_cli_version": "99.0.0"}, "latestLocalVersionInfo": None, "features": []}
+ARTIFACT = {"id": "artifact", "state": "COMMITTED", "artifactSequence": {"id": "sequence", "latestArtifact": None}}
 DATA = {
     "viewer": VIEWER,
     "serverInfo": INFO,
-    "upsertBucket": {"bucket": BUCKET, "inserted": True},
     "model": None,
     "project": None,
+    "upsertBucket": {"bucket": BUCKET, "inserted": True},
+    "createArtifact": {"artifact": ARTIFACT},
 }
 
 
