@@ -32,8 +32,8 @@ from digitdist.config import UserError
 METRICS = "metrics.jsonl"
 PROBE_TIMEOUT_S = 3.0  # for one HTTP answer of the W&B server
 INIT_TIMEOUT_S = 3.0  # wandb adds up to 10 s to this before it gives up
-UPLOAD_TIMEOUT_S = 7.0  # for what is left to send at the end
-FINISH_TIMEOUT_S = 10.0  # for all that training ever waits for W&B
+UPLOAD_TIMEOUT_S = 6.0  # for what is left to send at the end
+FINISH_TIMEOUT_S = 8.0  # for all that training ever waits for W&B
 
 Say = Callable[[str], None]
 Media = Callable[[Any], Any]  # makes an object of W&B's from the module wandb, which is imported only in W&B's thread
