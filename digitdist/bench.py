@@ -59,7 +59,7 @@ def stepper(overrides: list[str]) -> Callable[[int], float]:
     config, plan, splits, model = train.prepare([], overrides)
     accelerator = runtime.start(config, plan)
     model.to(accelerator.device).to(memory_format=torch.channels_last)
-    how = sync.build(config, accelerator, model, lambda phase: None)
+    how = sync.build(config, accelerator, model, lambda *_: None)
     optimizer = optim.build(model, config.optim)
     order = Order(len(splits.train), config.data.batch_size, config.seed)
 

@@ -118,6 +118,7 @@ class TrainConfig:
     threads: int | None = key(None, "threads a process; default: cores / local ranks, in exact mode 1", low=1, high=1024)
     label_smoothing: float = key(0.0, "label smoothing of the training loss", low=0, high=0.99)
     log_every: int = key(20, "steps between two log lines", low=1)
+    profile: int = key(0, "steps to profile after a short warm-up, into trace.json of the run's folder; 0: none", low=0)
     eval_every: int = key(1, "epochs between two evaluations; 0: only at the end", low=0)
 
 
@@ -151,6 +152,11 @@ class TrackingConfig:
     )
     project: str = key("digitdist", "W&B project")
     entity: str | None = key(None, "W&B entity (user or team)")
+    group: str | None = key(None, "W&B group of runs")
+    tags: list[str] = key([], "W&B tags, such as [a, b]")
+    name: str | None = key(None, "the run's name in W&B; default: that of its folder")
+    notes: str | None = key(None, "W&B notes")
+    artifacts: bool = key(False, "the final weights as a W&B artifact, with the result as its metadata")
 
 
 @dataclass
@@ -172,7 +178,8 @@ HARMLESS = {  # keys that leave a run's weights as they are: they may change whe
     *("data.root", "data.eval_batch_size", "train.epochs", "train.max_steps", "train.threads", "train.log_every"),
     *("train.eval_every", "sync.check_every", "sync.timeout_s", "checkpoint.every_steps", "checkpoint.keep"),
     *("checkpoint.resume", "checkpoint.allow_change", "run.dir", "run.name", "run.report"),
-    *("tracking.wandb", "tracking.project", "tracking.entity"),
+    *("train.profile", "tracking.wandb", "tracking.project", "tracking.entity", "tracking.group", "tracking.tags"),
+    *("tracking.name", "tracking.notes", "tracking.artifacts"),
 }
 
 
@@ -197,6 +204,11 @@ class Key:
         """True for a mapping whose own keys are the user's."""
         return typing.get_origin(self.type) is dict
 
+    @property
+    def many(self) -> bool:
+        """True for a list of texts."""
+        return typing.get_origin(self.type) is list
+
     def takes(self, kind: type) -> bool:
         return self.type is kind or kind in typing.get_args(self.type)
 
@@ -205,8 +217,8 @@ class Key:
         """What may stand there, in words."""
         if self.choices:
             return "one of " + ", ".join(self.choices)
-        if self.free:
-            return "a mapping"
+        if self.free or self.many:
+            return "a mapping" if self.free else "a list of texts"
         kinds = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
         words = next(word for kind, word in kinds.items() if self.takes(kind))
         bounds = [
@@ -224,7 +236,7 @@ def _leaves(schema: type, prefix: str = "") -> Iterator[Key]:
         if dataclasses.is_dataclass(hints[item.name]):
             yield from _leaves(hints[item.name], name + ".")
         else:
-            default = item.default if item.default is not dataclasses.MISSING else {}
+            default = item.default_factory() if callable(item.default_factory) else item.default
             yield Key(name, hints[item.name], default, **item.metadata)
 
 
@@ -330,7 +342,7 @@ def _flatten(tree: dict[Any, Any], prefix: str = "") -> list[tuple[str, Any]]:
 def _parse(name: str, text: str) -> Any:
     """The value of a ``key=value``: plain text where the key holds text, else as in YAML."""
     leaf = KEYS.get(name)
-    if leaf and not leaf.free:
+    if leaf and not leaf.free and not leaf.many:
         return None if text in ("null", "~") and leaf.takes(type(None)) else text
     try:
         return yaml.safe_load(text)
@@ -349,6 +361,8 @@ def _set(tree: Any, name: str, value: Any) -> str | None:
     if leaf.choices and value is False and "no" in leaf.choices:
         value = "no"  # a bare `no` in YAML
     if isinstance(value, bool) and not leaf.takes(bool) and not leaf.free:
+        return wrong
+    if leaf.many and not (isinstance(value, list) and all(isinstance(item, (str, int, float)) for item in value)):
         return wrong
     try:
         OmegaConf.update(tree, name, value, merge=leaf.name == name, force_add=leaf.free and leaf.name != name)

@@ -62,6 +62,11 @@ class Evaluation:
         counts = np.bincount(self.label * NUM_CLASSES + self.prediction, minlength=NUM_CLASSES**2)
         return counts.reshape(NUM_CLASSES, NUM_CLASSES)
 
+    def worst_mistakes(self, count: int) -> np.ndarray:
+        """Rows of the wrong predictions with the highest losses, the worst one first: int64 [up to count]."""
+        wrong = np.flatnonzero(self.label != self.prediction)
+        return wrong[np.argsort(-self.loss[wrong], kind="stable")][:count]
+
     @property
     def class_accuracy(self) -> list[float | None]:
         """Accuracy over the images of each class; None where there are none."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from digitdist.checkpoint import Tensors
 from digitdist.config import OptimConfig, ScheduleConfig
@@ -35,6 +35,12 @@ def _unwrapped(kind: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.O
     names = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
     methods = {name: inspect.unwrap(getattr(kind, name)) for name in names}
     return type(kind.__name__, (kind,), methods | {"step": torch.no_grad()(inspect.unwrap(kind.step))})
+
+
+def norm(tensors: Iterable[Tensor]) -> float:
+    """The L2 norm of all numbers of `tensors`."""
+    with torch.no_grad():
+        return float(torch.nn.utils.get_total_norm(tensors, foreach=None))
 
 
 def learning_rate(step: int, total_steps: int, steps_per_epoch: int, schedule: ScheduleConfig, peak: float) -> float:

@@ -10,6 +10,7 @@ import errno
 import mmap
 import os
 import platform
+import resource
 import signal
 import struct
 import sys
@@ -248,6 +249,13 @@ def on_main(accelerator: Accelerator, act: Callable[[], T]) -> T:
     return box[0]
 
 
+def peak_memory_mb(device: torch.device) -> dict[str, float | None]:
+    """The most memory that this process has held so far: of its host, and of its device where that has its own."""
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    held = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return {"host": round(host / 2**20, 1), "device": None if held is None else round(held / 2**20, 1)}
+
+
 def device_name(plan: Plan) -> str:
     """The maker's name for the device that a process of this plan runs on."""
     if plan.device_type in ("cuda", "xpu"):
@@ -285,7 +293,9 @@ class StopRequest:
             self.signal_name, self._first_s = signal.Signals(number).name, time.monotonic()
 
 
-PHASES = ("start", "data", "forward", "backward", "sync", "update", "eval", "save", "end")
+PHASES = ("start", "data", "forward", "backward", "sync", "update", "log", "eval", "save", "end")
+TIMES = {"data": "data", "forward": "compute", "backward": "compute", "sync": "sync", "update": "optimizer"}
+TIMES |= {"eval": "evaluation", "save": "checkpoint"}  # what a phase's seconds count as; else other
 
 
 @dataclass(frozen=True)
@@ -343,7 +353,8 @@ class Beat:
 class Heartbeat:
     """Where each rank of a host is, in a file that its processes map: to enter a phase costs one write to memory.
 
-    What is in memory outlives the process that wrote it, so that those left can name the rank that ended a run.
+    What is in memory outlives the process that wrote it, so that those left can name the rank that ended a run. It also adds
+    up the seconds of each phase.
     """
 
     RECORD = struct.Struct("<6q")  # pid, host, step, phase, state, unused
@@ -358,10 +369,13 @@ class Heartbeat:
         self._world, self._host = world, zlib.crc32(platform.node().encode())
         self._fault, self._entered = InjectedFault.from_environment(), 0
         self.step, self._phase, self._state = 0, 0, self.RUNNING
+        self._seconds = [0.0] * len(PHASES)
+        self._since = self._lap = time.perf_counter()
         self._write()
 
-    def enter(self, phase: str) -> None:
-        """Begins a phase: data, forward, backward, sync, update, eval or save."""
+    def enter(self, phase: str, since: float | None = None) -> None:
+        """Begins a phase: data, forward, backward, sync, update, log, eval or save; `since` an earlier `perf_counter()`."""
+        self._note_time(max(since or time.perf_counter(), self._since))
         self._phase = PHASES.index(phase)
         self._write()
         fault = self._fault
@@ -369,6 +383,16 @@ class Heartbeat:
             self._entered += 1
             if self._entered == fault.nth:
                 fault.happen()
+
+    def lap(self) -> dict[str, float]:
+        """Where the time has gone since the last lap: seconds in all (total), and of data, compute, sync and so on."""
+        self._note_time(time.perf_counter())
+        times = dict.fromkeys(("total", *TIMES.values(), "other"), 0.0)
+        for phase, seconds in zip(PHASES, self._seconds, strict=True):
+            times[TIMES.get(phase, "other")] += seconds
+        times["total"], self._lap = self._since - self._lap, self._since
+        self._seconds = [0.0] * len(PHASES)
+        return times
 
     def __str__(self) -> str:
         return f"step {self.step}, phase {PHASES[self._phase]}"
@@ -403,6 +427,10 @@ class Heartbeat:
         if last.rank != self._world.rank:
             return f"rank {last.rank} did not answer, last seen at {last}", True
         return f"a rank of another host did not answer; rank {last.rank} was at {last}", True
+
+    def _note_time(self, now: float) -> None:
+        self._seconds[self._phase] += now - self._since
+        self._since = now
 
     def _write(self) -> None:
         at = self._world.rank * self.RECORD.size

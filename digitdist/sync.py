@@ -11,6 +11,8 @@ that a step has no collective of its own for them.
 from __future__ import annotations
 
 import math
+import statistics
+import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -29,7 +31,7 @@ from digitdist.config import AugmentConfig, Config, UserError
 from digitdist.data import SPECS, Batch, Sharding, Spec, augment, key_of, normalise
 from digitdist.runtime import Fault
 
-Enter = Callable[[str], None]  # told each phase of a step as it begins
+Enter = Callable[..., None]  # told each phase of a step as it begins, with the time where that was earlier
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,11 @@ class Ddp:
         self.sharding = Sharding.of(accumulate * self.world_size, accelerator.process_index, self.world_size)
         self.own_losses: list[Tensor] = []
         self.signal = objective.signal
+        # From when the last gradient is there, backward only waits for the other ranks. (On a GPU the host cannot see that.)
+        self.ready: float | None = None
+        if self.world_size > 1 and accelerator.device.type == "cpu":
+            for parameter in objective.parameters():
+                parameter.register_post_accumulate_grad_hook(self._note_ready)
         # On one process it would only import much.
         self.wrapped = accelerator.prepare_model(objective) if self.world_size > 1 else objective
         self._settle_buckets(accelerator.device)
@@ -118,12 +125,16 @@ class Ddp:
                 self.enter("backward")
                 self.accelerator.backward(loss)
             self.own_losses.append(loss.detach())
-        self.enter("sync")
+        _await_device(self.accelerator.device)
+        self.enter("sync", self.ready)
         carried = self.signal.grad
         assert carried is not None
         scaler = self.accelerator.scaler
         total, stops = (carried * (self.world_size / (scaler.get_scale() if scaler else 1.0))).tolist()
         return Agreed(total / count, stops)
+
+    def _note_ready(self, parameter: Tensor) -> None:
+        self.ready = time.perf_counter()
 
     def _settle_buckets(self, device: torch.device) -> None:
         """Runs a step without images. Collective.
@@ -183,6 +194,7 @@ class Exact:
             self.own_losses.append(total.detach())
             tree.add(leaf, 1, torch.cat([*(piece.flatten() for piece in pieces), total.detach().view(1)]))
             rows.append(self.statistics.of_last_forward())
+        _await_device(self.accelerator.device)
         self.enter("sync")
         vector, all_rows, stops = self._meet(tree, rows, float(stop), min(count, self.sharding.parts))
         self.statistics.fold(all_rows)
@@ -312,6 +324,20 @@ def build(config: Config, accelerator: Accelerator, model: nn.Module, enter: Ent
     if config.sync.mode == "exact":
         return Exact(accelerator, objective, config.sync.shards * config.train.accumulate, enter)
     return Ddp(accelerator, objective, config.train.accumulate, enter)
+
+
+def _await_device(device: torch.device) -> None:
+    """Waits for what the host has asked of `device`, as a step's loss will anyway: this is not time of the ranks' meeting."""
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize()
+
+
+def slowest_rank(accelerator: Accelerator, seconds: float) -> tuple[int, float]:
+    """The rank that has needed most `seconds` of its own, and by what part more than the median of the others. Collective."""
+    own = accelerator.gather(torch.tensor([seconds], device=accelerator.device)).tolist()
+    slowest = own.index(max(own))
+    others = statistics.median(own[:slowest] + own[slowest + 1 :])
+    return slowest, own[slowest] / others - 1 if others else 0.0
 
 
 def check_equal(tensors: dict[str, Tensor], step: int) -> None:

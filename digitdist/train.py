@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import platform
 import secrets
@@ -24,6 +25,7 @@ from typing import Any
 import accelerate
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -34,10 +36,13 @@ from digitdist import checkpoint, evaluate, models, optim, runtime, sync, tracki
 from digitdist import config as configuration
 from digitdist.checkpoint import Checkpoint
 from digitdist.config import Config, Parser, UserError
-from digitdist.data import Order, Splits, load_splits
+from digitdist.data import SPECS, Order, Splits, load_splits
 from digitdist.runtime import Fault, Plan, Stopped, say
 
-RUN_FILES = ("metrics.jsonl", "result.json", "predictions.npz", "environment.json")
+RUN_FILES = ("metrics.jsonl", "result.json", "predictions.npz", "environment.json", "trace.json")
+PROFILE_WARMUP = 3  # steps
+WORST_MISTAKES = 50  # images in W&B's table
+LAG = 0.2  # a rank is named that needs more than this part more time than the others
 
 
 class Trainer:
@@ -69,13 +74,16 @@ class Trainer:
         self.step = 0
         self.train_seconds = 0.0
         self.best: dict[str, Any] | None = None  # step and accuracy of the best evaluation on held-out images
-        self.evaluated: tuple[int, evaluate.Evaluation | None] = (-1, None)  # last step, and the test result there
+        self.result: evaluate.Evaluation | None = None  # on the test images, of the last evaluation
         if run.stored:
             self._restore(run.stored)
         self.logged = (self.order.images_seen(self.step), self.train_seconds)  # images and seconds at the last line
+        self.gradient_norm = math.nan  # of the last step that has a line
+        self.lagging: list[int | None] = [None]  # the rank that lagged at each line
         self.stop = runtime.StopRequest()
         self.tracker = run.tracker(config)
         self.progress = Progress(self.order, self.total_steps, accelerator.is_main_process)
+        self.profiler = profiler(config.train.profile, accelerator.device, run.folder) if accelerator.is_main_process else None
 
     @property
     def epoch(self) -> float:
@@ -94,6 +102,8 @@ class Trainer:
             Fault: the loss is not finite (no weight and no checkpoint has seen it), the ranks' weights differ, or the last
                 checkpoint cannot be written.
         """
+        self.heartbeat.lap()
+        self.heartbeat.enter("data")
         mark = time.perf_counter()
         while self.step < self.last_step:
             for batch in self.order.epoch_loader(self.splits.train, self.step, self.sync.sharding):
@@ -101,7 +111,7 @@ class Trainer:
                 self.train_seconds += time.perf_counter() - mark
 
                 done = self.step == self.last_step
-                if done or self._every(self.config.train.log_every):
+                if self._has_line(self.step):
                     self.log(agreed)
                 improved = False
                 if done or self._every(self.config.train.eval_every * self.order.steps_per_epoch):
@@ -125,6 +135,9 @@ class Trainer:
         agreed = self.sync.gradients(batch, count, self.step, self.stop.wanted(self.run.stop_file))
         sync.check_finite(agreed, self.sync.own_losses, self.step + 1)
         self.heartbeat.enter("update")
+        if self.accelerator.is_main_process and self._has_line(self.step + 1):
+            scale = self.accelerator.scaler.get_scale() if self.accelerator.scaler else 1.0
+            self.gradient_norm = optim.norm(p.grad for p in self.model.parameters() if p.grad is not None) / scale
         if config.clip_norm:
             self.accelerator.clip_grad_norm_(self.model.parameters(), config.clip_norm)
         optim.set_learning_rate(self.optimizer, self.learning_rate())
@@ -134,7 +147,10 @@ class Trainer:
             self.ema.update_parameters(self.model)
         self.step += 1
         if self.config.sync.check_every and self._every(self.config.sync.check_every):
+            self.heartbeat.enter("sync")
             self._check_equal()
+        if self.profiler:
+            self.profiler.step()
         return agreed
 
     def learning_rate(self) -> float:
@@ -143,18 +159,36 @@ class Trainer:
         return optim.learning_rate(self.step, self.total_steps, steps, self.config.schedule, self.config.optim.lr)
 
     def log(self, agreed: sync.Agreed) -> None:
-        """The training line of the step just taken, whose loss is that of its global batch before the update."""
+        """The training line of the step just taken, whose loss is that of its global batch before the update. Collective."""
+        self.heartbeat.enter("log")
+        times = self.heartbeat.lap()
         images, seconds = self.logged
         self.logged = (self.order.images_seen(self.step), self.train_seconds)
         rate = (self.logged[0] - images) / (self.logged[1] - seconds)
         values = {"train/loss": agreed.loss, "train/lr": self.optimizer.param_groups[0]["lr"]}
-        self.tracker.log(values | {"train/images_per_second": rate}, self.step, self.epoch)
+        values |= {"train/images_per_second": rate} | {f"time/{name}": round(s, 6) for name, s in times.items()}
+        if self.accelerator.num_processes > 1:
+            values |= self._name_the_slowest(times)
+        if self.accelerator.is_main_process:
+            norms = {"train/gradient_norm": self.gradient_norm, "train/weight_norm": optim.norm(self.model.parameters())}
+            values |= {name: norm for name, norm in norms.items() if math.isfinite(norm)}  # fp16 overflows now and then
+        self.tracker.log(values, self.step, self.epoch)
         self.progress.show(self.step, agreed.loss, rate)
+
+    def _name_the_slowest(self, times: dict[str, float]) -> dict[str, float]:
+        """The rank that lags behind the others, told once where it does so at two lines in a row. Collective."""
+        parts = max(1, len(self.sync.sharding.mine))  # a rank may have more of them than another
+        rank, lag = sync.slowest_rank(self.accelerator, (times["data"] + times["compute"]) / parts)
+        if lag <= LAG:
+            self.lagging.append(None)
+            return {}
+        if self.lagging[-1] == rank and (rank, rank) not in zip(self.lagging, self.lagging[1:], strict=False):
+            say(f"rank {rank} lags: its own part of a step takes {100 * lag:.0f} % more time than that of the others")
+        self.lagging.append(rank)
+        return {"time/slowest_rank": rank}
 
     def score(self) -> bool:
         """Scores the held-out and the test images, logs them; True where the held-out score is the best. Collective."""
-        if self.evaluated[0] == self.step:  # before a restart
-            return False
         self.heartbeat.enter("eval")
         improved, values = False, {}
         if len(self.splits.validation):
@@ -164,8 +198,9 @@ class Trainer:
             if improved:
                 self.best = {"step": self.step, "accuracy": held_out.accuracy}
         test = self._score("test")
-        self.evaluated = (self.step, test)
-        self.tracker.log(values | _metrics("test", test), self.step, self.epoch)
+        self.result = test
+        confusion = tracking.confusion_chart(test.confusion, SPECS[self.config.data.name].classes)
+        self.tracker.log(values | _metrics("test", test), self.step, self.epoch, {"test/confusion": confusion})
         self.progress.show_test(self.epoch, test)
         return improved
 
@@ -191,7 +226,10 @@ class Trainer:
         """Writes predictions and result, and tells them. Collective: every rank must call it."""
         self.progress.close()
         self.heartbeat.enter("eval")
-        result = self.evaluated[1] or self._score("test")
+        result = self.result or self._score("test")  # none where a restart finds the last step saved
+        memory = gather_object([runtime.peak_memory_mb(self.accelerator.device)])
+        if self.profiler:
+            self.profiler.stop()
         if self.accelerator.is_main_process:
             seen = self.order.images_seen(self.step)
             report = {
@@ -206,15 +244,16 @@ class Trainer:
                 "precision": self.run.plan.precision,
                 "images_per_second": seen / self.train_seconds if self.train_seconds else None,
                 "train_seconds": self.train_seconds,
+                "peak_memory_mb": memory,
                 "weights_sha256": checkpoint.weights_sha256(self.judged.state_dict()),
             }
             evaluate.save_predictions(result, self.run.folder / "predictions.npz")
             _write_whole(self.run.folder / "result.json", json.dumps(report, indent=1) + "\n")
-            self.tracker.finish(report)
             say(f"\n{self.config.data.name} test: {evaluate.in_words(result)}")
             if self.train_seconds:
                 say(f"trained {seen:,} images in {self.train_seconds:.1f} s, {seen / self.train_seconds:,.0f} images/s")
             say(f"files in {self.run.folder}; next: python -m digitdist.evaluate {self.run.folder}")
+            self.tracker.finish(report, {"test/worst_mistakes": self._worst_mistakes(result)}, self._weights_file())
 
     def _leave(self) -> None:
         """Ends a run that was asked to stop, after its checkpoint."""
@@ -227,6 +266,22 @@ class Trainer:
             f"stopped on request after step {self.step:,}, saved in {self.run.folder};"
             f" to go on, run the same command again (with run.name={self.run.folder.name})"
         )
+
+    def _worst_mistakes(self, result: evaluate.Evaluation) -> tracking.Media:
+        rows = result.worst_mistakes(WORST_MISTAKES)
+        names = ("index", "label", "prediction", "probability", "loss")
+        images = self.splits.test.images[torch.from_numpy(result.index[rows]).to(self.accelerator.device)]
+        return tracking.image_table(images.cpu().numpy(), {name: getattr(result, name)[rows].tolist() for name in names})
+
+    def _weights_file(self) -> Path | None:
+        """The file of the final weights, where it is to be an artifact."""
+        if not self.config.tracking.artifacts:
+            return None
+        name = "ema" if self.ema else "model"
+        return self.run.checkpoints / checkpoint.folder_name(self.step) / f"{name}.safetensors"
+
+    def _has_line(self, step: int) -> bool:
+        return step == self.last_step or step % self.config.train.log_every == 0
 
     def _every(self, steps: int) -> bool:
         return steps > 0 and self.step % steps == 0
@@ -266,7 +321,6 @@ class Trainer:
         state = {
             "step": self.step,
             "train_seconds": self.train_seconds,
-            "evaluated_step": self.evaluated[0],
             "best": self.best,
             "precision": self.run.plan.precision,
             "world_size": self.accelerator.num_processes,
@@ -286,7 +340,7 @@ class Trainer:
         if self.accelerator.scaler and "scaler" in stored.state:
             self.accelerator.scaler.load_state_dict(stored.state["scaler"])
         self.step, self.train_seconds = stored.step, stored.state["train_seconds"]
-        self.best, self.evaluated = stored.state["best"], (stored.state["evaluated_step"], None)
+        self.best = stored.state["best"]
 
 
 class Progress:
@@ -357,14 +411,12 @@ class Run:
     def tracker(self, config: Config) -> tracking.Tracker:
         if not runtime.is_main():
             return tracking.NullTracker()
-        mode = tracking.wandb_mode(config.tracking.wandb, self.folder, say)
-        settings = {
-            "project": config.tracking.project,
-            "entity": config.tracking.entity,
-            "name": self.folder.name,
-            "config": configuration.as_dict(config),
-        }
-        wandb = tracking.Wandb(mode, self.folder, self.wandb_id, settings, say) if mode else None
+        if config.tracking.wandb == "disabled":
+            return tracking.RunTracker(self.folder, None, say)
+        settings = {name: getattr(config.tracking, name) for name in ("project", "entity", "group", "tags", "notes")}
+        settings["name"] = config.tracking.name or self.folder.name
+        settings["config"] = configuration.as_dict(config) | {"environment": _read_starts(self.folder)[-1]}
+        wandb = tracking.Wandb(config.tracking.wandb, self.folder, self.wandb_id, settings, say)
         return tracking.RunTracker(self.folder, wandb, say)
 
 
@@ -399,7 +451,7 @@ def open_run(config: Config, plan: Plan, last_step: int, held: list[FileLock]) -
             (folder / name).unlink(missing_ok=True)
     starts = _note_last_end(folder, _read_starts(folder))
     _check_progress(folder, starts)
-    run.wandb_id = starts[0]["wandb_id"] if starts else secrets.token_hex(4)
+    run.wandb_id = starts[0]["wandb_id"] if starts else os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
     tracking.cut_metrics(folder, run.stored.step if run.stored else -1)
     step = run.stored.step if run.stored else 0
     starts.append({**environment(plan), "step": step, "wandb_id": run.wandb_id, "launcher": runtime.launcher_start()})
@@ -535,6 +587,22 @@ def _read_starts(folder: Path) -> list[dict[str, Any]]:
         return json.loads((folder / "environment.json").read_text())["starts"]
     except FileNotFoundError:
         return []
+
+
+def profiler(steps: int, device: torch.device, folder: Path) -> torch.profiler.profile | None:
+    """Begins to profile `steps` steps after a warm-up, into ``trace.json``, which Perfetto and Chrome open."""
+    if not steps:
+        return None
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    running = torch.profiler.profile(
+        activities=activities,
+        schedule=torch.profiler.schedule(wait=0, warmup=PROFILE_WARMUP, active=steps, repeat=1),
+        on_trace_ready=lambda done: done.export_chrome_trace(str(folder / "trace.json")),
+    )
+    running.start()
+    return running
 
 
 def _metrics(split: str, result: evaluate.Evaluation) -> dict[str, float]:

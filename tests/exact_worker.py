@@ -31,7 +31,7 @@ def hash_of_steps(images: int, batch: int, shards: int, accumulate: int, model_n
     options = [f"sync.shards={shards}", f"train.accumulate={accumulate}", f"model.name={model_name}", f"seed={seed}"]
     config = load((), ["sync.mode=exact", "augment.rotate=10", "augment.shift=1.5", *options])
     model = models.build(config.model, config.seed)
-    how = sync.build(config, accelerator, model, lambda phase: None)
+    how = sync.build(config, accelerator, model, lambda *_: None)
     order, few = Order(images, batch, seed), ImageSet(splits.train.images[:images], splits.train.labels[:images])
     found: dict[str, torch.Tensor] = {}
     for step in range(max(0, order.steps_per_epoch - 2), order.steps_per_epoch + 1):

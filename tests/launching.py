@@ -58,4 +58,5 @@ def only_run(cwd: Path) -> Path:
 def events(folder: Path) -> list[dict]:
     """The metric lines of a run, without what differs between two runs that are the same: wall time."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("time", "train/images_per_second")} for line in lines]
+    differs = ("time", "train/images_per_second")
+    return [{k: v for k, v in line.items() if k not in differs and not k.startswith("time/")} for line in lines]

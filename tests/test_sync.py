@@ -39,7 +39,7 @@ def check_against_reference(accelerator: Accelerator, splits: Splits, mode: str,
     """Asserts that a step's gradient is that of the mean loss over the global batch. Collective."""
     config = load((), [f"sync.mode={mode}", f"sync.shards={shards}", f"train.accumulate={accumulate}"])
     model = without_dropout(models.build(config.model, 0))
-    how = sync.build(config, accelerator, model, lambda phase: None)
+    how = sync.build(config, accelerator, model, lambda *_: None)
     places = torch.arange(7, 7 + batch)
     agreed = how.gradients(share(splits, places, how), batch, 0, stop=False)
     whole = splits.train.__getitems__(places)
@@ -99,7 +99,7 @@ def test_dropout_draws_by_seed_step_and_part_alone(accelerator: Accelerator, spl
     def gradient(seed: int, step: int) -> torch.Tensor:
         config = load((), ["sync.mode=exact", f"seed={seed}"])
         model = models.build(config.model, 0)
-        how = sync.build(config, accelerator, model, lambda phase: None)
+        how = sync.build(config, accelerator, model, lambda *_: None)
         torch.rand(step + seed)  # whatever was drawn before does not matter
         how.gradients(splits.train.__getitems__(torch.arange(50)), 50, step, stop=False)
         return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
@@ -114,7 +114,7 @@ def test_batchnorm_statistics_are_folded_in_the_order_of_shards(accelerator: Acc
     config = load((), ["sync.mode=exact", "sync.shards=3", "model.name=cnn_batchnorm"])
     model = models.build(config.model, 0)
     by_hand = models.build(config.model, 0).train()
-    how = sync.build(config, accelerator, model, lambda phase: None)
+    how = sync.build(config, accelerator, model, lambda *_: None)
     batch = splits.train.__getitems__(torch.arange(30))
     how.gradients(batch, 30, 0, stop=False)
     with torch.no_grad():

@@ -14,6 +14,7 @@ import pytest
 from launching import CLEAN, QUIET, events, only_run, python, result
 
 from digitdist.checkpoint import folders, read, weights_sha256
+from digitdist.tracking import read_metrics
 
 TRAIN = ("-m", "digitdist.train")
 
@@ -25,10 +26,13 @@ def test_a_run_leaves_the_files_of_the_readme(place: Path):
     final = result(folder)
     assert set(final) == {
         *("test_correct", "test_total", "test_accuracy", "test_loss", "epochs", "steps", "world_size", "device"),
-        *("precision", "images_per_second", "train_seconds", "weights_sha256"),
+        *("precision", "images_per_second", "train_seconds", "weights_sha256", "peak_memory_mb"),
     }
     assert (final["test_total"], final["steps"], final["world_size"]) == (10000, 45, 1)
     assert (final["device"], final["precision"]) == ("cpu", "fp32")
+    (memory,) = final["peak_memory_mb"]
+    assert memory["host"] > 100
+    assert memory["device"] is None
     saved = np.load(folder / "predictions.npz")
     assert saved["index"].tolist() == list(range(10000))
     assert int((saved["label"] == saved["prediction"]).sum()) == final["test_correct"]
@@ -41,6 +45,14 @@ def test_a_run_leaves_the_files_of_the_readme(place: Path):
     (start,) = json.loads((folder / "environment.json").read_text())["starts"]
     assert {"torch", "accelerate", "device", "world_size", "precision", "git_commit"} <= set(start)
     assert "batch_size: 100" in (folder / "config.yaml").read_text()
+    for line in (line for line in read_metrics(folder) if "train/loss" in line):
+        times = {key[5:]: value for key, value in line.items() if key.startswith("time/")}
+        total = times.pop("total")
+        assert set(times) == {"data", "compute", "sync", "optimizer", "evaluation", "checkpoint", "other"}
+        assert sum(times.values()) == pytest.approx(total, rel=0.02)
+        assert times["compute"] > total / 2
+        assert line["train/gradient_norm"] > 0
+        assert line["train/weight_norm"] > 1
 
 
 def test_it_says_what_it_runs_on_and_how_it_went(place: Path):
@@ -72,6 +84,21 @@ def test_a_terminal_gets_a_bar(place: Path):
     assert "epoch 1/9" in text
     assert "6000/60000" in text
     assert "Train epoch" not in text
+
+
+@pytest.mark.slow
+def test_evaluations_and_checkpoints_have_their_time_and_steps_a_profile(place: Path):
+    options = ("train.max_steps=15", "train.eval_every=1", "data.batch_size=12000", "checkpoint.every_steps=5", "run.name=a")
+    done = python(*TRAIN, *QUIET, *options, "train.log_every=1", "train.profile=4", cwd=place)
+    assert done.code == 0, done.err
+    lines = {line["step"]: line for line in read_metrics(place / "runs/a") if "train/loss" in line}
+    assert [step for step, line in lines.items() if line["time/evaluation"] > 0] == [6, 11]
+    assert [step for step, line in lines.items() if line["time/checkpoint"] > 0] == [6, 11]
+    walls = [lines[step + 1]["time"] - lines[step]["time"] for step in range(1, 15)]
+    assert walls == pytest.approx([lines[step]["time/total"] for step in range(2, 16)], rel=0.02, abs=0.03)
+    trace = json.loads((place / "runs/a/trace.json").read_text())["traceEvents"]
+    assert len([event for event in trace if str(event.get("name")).startswith("ProfilerStep")]) == 4
+    assert any("conv" in str(event.get("name")) for event in trace)
 
 
 def test_evaluate_gives_the_same_count(place: Path):

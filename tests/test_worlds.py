@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from launching import QUIET, ROOT, Outcome, accelerate, events, only_run, python, result, torchrun
 
+from digitdist.tracking import read_metrics
+
 TRAIN = ("-m", "digitdist.train", *QUIET)
 WORLDS = (1, 2, 3, 4)
 
@@ -138,3 +140,21 @@ def test_exact_takes_no_more_processes_than_shards(place: Path):
     done = torchrun(3, *EXACT, "sync.shards=2", cwd=place)
     assert len(done.errors) == 1
     assert "sync.shards=2" in done.errors[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["ddp", "exact"])
+def test_a_rank_that_lags_is_named(place: Path, mode: str):
+    (place / "lagging.py").write_text(
+        "import os, time\nfrom digitdist.models import Cnn\nclass Net(Cnn):\n  def forward(self, images):\n"
+        "    time.sleep(0.03 if self.training and os.environ['RANK'] == '1' else 0)\n    return super().forward(images)\n"
+    )
+    options = ("model.target=lagging.Net", "train.max_steps=30", "train.log_every=10", "run.name=a", f"sync.mode={mode}")
+    done = torchrun(2, *TRAIN, *options, cwd=place, env={"PYTHONPATH": f"{place}:{ROOT}"})
+    assert done.code == 0, done.err
+    assert done.out.count("rank 1 lags") == 1
+    lines = [line for line in read_metrics(place / "runs/a") if "train/loss" in line]
+    assert [line["time/slowest_rank"] for line in lines] == [1, 1, 1]
+    assert all(line["time/sync"] > 0.2 for line in lines)  # the main rank waits for the other: that is no work of its own
+    assert all(line["time/sync"] > line["time/compute"] for line in lines)
+    assert len(result(place / "runs/a")["peak_memory_mb"]) == 2
