@@ -25,12 +25,11 @@ import numpy as np
 import yaml
 
 from digitdist import config as configuration
-from digitdist import runtime
+from digitdist import runtime, tracking
 from digitdist.config import KEYS, DataConfig, Parser, UserError
 from digitdist.data import SPECS, ImageSet, load_splits
 from digitdist.evaluate import Evaluation, find_run, wilson_interval
 from digitdist.models import NUM_CLASSES
-from digitdist.tracking import read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -152,7 +151,7 @@ def _read_starts(file: Path) -> list[dict[str, Any]]:
 
 
 def _read_events(file: Path) -> list[dict[str, float]]:
-    events = [{name: float(value) for name, value in event.items()} for event in read_metrics(file.parent)]
+    events = [{name: float(value) for name, value in event.items()} for event in tracking.read_metrics(file.parent)]
     if not all({"step", "epoch"} <= event.keys() for event in events):
         raise ValueError("a line has no step or no epoch")
     return events
@@ -661,9 +660,15 @@ def main() -> None:
         description="Plots and one HTML page of each run, and of several runs a page that compares them.",
         epilog="example: python -m digitdist.report quick other --output comparison.html",
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or its name in runs")
+    parser.add_argument(
+        "runs", nargs="+", metavar="[sync] RUN", help="folders or names of runs; after sync, runs to send to W&B"
+    )
     parser.add_argument("--output", type=Path, metavar="FILE", help="the comparison of several runs (default: comparison.html)")
     arguments = parser.parse_args()
+    if arguments.runs[0] == "sync" and len(arguments.runs) > 1:
+        for run in arguments.runs[1:]:
+            tracking.sync(find_run(run), print)
+        return
     folders = list({folder.resolve(): folder for folder in map(find_run, arguments.runs)}.values())
     if arguments.output and len(folders) < 2:
         parser.error("--output names the comparison of several runs; one run's page is report.html in its folder")

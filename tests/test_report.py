@@ -355,3 +355,11 @@ def test_a_browser_shows_the_page(trained: Path, tmp_path: Path, width: int):
     assert pixels.shape[:2] == (2400, width)
     bands = pixels.reshape(8, 300, width, 3)
     assert (bands.std(axis=(1, 2, 3)) > 0.01).all(), "no stretch of the page is blank"
+
+
+def test_report_sync_of_a_run_without_offline_data_says_so(place: Path):
+    (place / "runs/a").mkdir(parents=True)
+    (place / "runs/a/config.yaml").touch()
+    done = launching.python("-m", "digitdist.report", "sync", "a", cwd=place)
+    assert done.code == 2
+    assert "there is no offline W&B run to send" in done.errors[0]
