@@ -6,6 +6,7 @@ import pty
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -139,6 +140,59 @@ def test_a_sync_without_anything_to_send_or_a_key_is_refused(tmp_path: Path, mon
     (tmp_path / "wandb/offline-run-1-a").mkdir(parents=True)
     with pytest.raises(UserError, match="no key"):
         tracking.sync(tmp_path, print)
+
+
+class StandIn(types.ModuleType):
+    """Stands in for the module wandb and its run, and keeps the rows; it fails at step `fails_at`."""
+
+    def __init__(self, fails_at: int | None = None):
+        super().__init__("wandb")
+        self.summary: dict = {}
+        self.rows: list[tuple[int, dict]] = []
+        self.fails_at = fails_at
+        self.Settings, self.init = dict, lambda **_: self
+        self.define_metric, self.finish, self.teardown = lambda *_, **__: None, lambda: None, lambda: None
+
+    def log(self, row: dict, step: int, commit: bool) -> None:
+        if step == self.fails_at:
+            raise ValueError("two\nlines")
+        self.rows.append((step, row))
+
+
+def wandb_tracker(folder: Path, said: list[str]) -> RunTracker:
+    return RunTracker(folder, tracking.Wandb("offline", folder, "id", {"name": "a"}, said.append), said.append)
+
+
+def test_wandb_gets_each_step_once_and_what_an_earlier_start_could_not_send(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "wandb").mkdir()
+    logged(tmp_path, 1, 2, 3)
+    (tmp_path / "wandb/last-step").write_text("1")
+    said: list[str] = []
+    for steps in ((4, 4, 6), (5, 6, 7)):
+        module = StandIn()
+        monkeypatch.setitem(sys.modules, "wandb", module)
+        tracker = wandb_tracker(tmp_path, said)
+        for count, step in enumerate(steps):
+            tracker.log({f"train/{count}": count}, step, 0.0)
+        tracker.finish({"x": 1}, {"picture": lambda wandb: wandb.__name__})
+        assert [step for step, _ in module.rows] == ([2, 3, 4, 6] if steps[0] == 4 else [7])
+        tracking.cut_metrics(tmp_path, 4)
+    assert module.rows[-1][1]["picture"] == "wandb"
+    assert module.summary == {"x": 1}
+    assert not said
+
+
+def test_what_wandb_raises_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "wandb", StandIn(fails_at=2))
+    (tmp_path / "wandb").mkdir()
+    said: list[str] = []
+    tracker = wandb_tracker(tmp_path, said)
+    for step in range(6):
+        tracker.log({"train/loss": 1.0}, step, 0.0)
+    tracker.finish({})
+    assert [event["step"] for event in read_metrics(tmp_path)] == list(range(6))
+    assert len(said) == 1
+    assert "two lines" in said[0]
 
 
 def test_what_goes_to_wandb(place: Path):
@@ -291,5 +345,5 @@ def test_the_sweep_is_one_that_wandb_takes_and_train_too():
     command = create_sweep_command(sweep["command"])
     at = command.index("${args_no_hyphens}")
     command[at : at + 1] = create_sweep_command_args({"args": drawn})["args_no_hyphens"]
-    assert command[:5] == ["/usr/bin/env", "accelerate", "launch", "-m", "digitdist.train"]
-    assert load((), command[5:]).data.validation > 0
+    assert command[:4] == ["accelerate", "launch", "-m", "digitdist.train"]
+    assert load((), command[4:]).data.validation > 0
