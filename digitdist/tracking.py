@@ -321,7 +321,8 @@ def _unreachable() -> str | None:
         request = urllib.request.Request(
             f"{_base_url().rstrip('/')}/graphql", b'{"query": "{__typename}"}', {"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=PROBE_TIMEOUT_S):
+        # An opener of its own: the one behind urlopen keeps the proxies of its first use.
+        with urllib.request.build_opener().open(request, timeout=PROBE_TIMEOUT_S):
             return None
     except urllib.error.HTTPError as error:  # an answer, if perhaps not a good one
         return None if error.code < 500 else f"{_base_url()} answers {error.code}"
