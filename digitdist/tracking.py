@@ -125,6 +125,7 @@ class Wandb:
         self._row: dict[str, Any] = {}
         self._mark = folder / "wandb" / "last-step"
         self._sent = int(self._mark.read_text()) if self._mark.exists() else -1
+        self._missed = [event for event in read_metrics(folder) if event["step"] > self._sent]  # as by a kill, or disabled
 
     def log(self, event: Mapping[str, float], step: int, media: Mapping[str, Media]) -> None:
         if self._thread is None:
@@ -174,6 +175,8 @@ class Wandb:
         if reason:
             self._say(f"W&B is offline: {reason}; {self._later()}")
         self._run.define_metric("*", step_metric="step")
+        for event in self._missed:
+            self._add(event, event["step"], NO_MEDIA)
 
     def _init(self) -> Any:
         fields = {
@@ -205,7 +208,9 @@ class Wandb:
     def _send(self) -> None:
         row, self._row = self._row, {}
         self._sent = row["step"]
-        self._mark.write_text(str(self._sent))
+        temporary = self._mark.with_name(f".{self._mark.name}.tmp")
+        temporary.write_text(str(self._sent))
+        os.replace(temporary, self._mark)
         self._run.log(row, step=self._sent, commit=True)
 
     def _finish(self, summary: Mapping[str, Any], media: Mapping[str, Media], weights: Path | None) -> None:
@@ -316,7 +321,8 @@ def _unreachable() -> str | None:
         request = urllib.request.Request(
             f"{_base_url().rstrip('/')}/graphql", b'{"query": "{__typename}"}', {"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=PROBE_TIMEOUT_S):
+        # An opener of its own: the one behind urlopen keeps the proxies of its first use.
+        with urllib.request.build_opener().open(request, timeout=PROBE_TIMEOUT_S):
             return None
     except urllib.error.HTTPError as error:  # an answer, if perhaps not a good one
         return None if error.code < 500 else f"{_base_url()} answers {error.code}"

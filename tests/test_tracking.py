@@ -6,6 +6,7 @@ import pty
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -141,6 +142,59 @@ def test_a_sync_without_anything_to_send_or_a_key_is_refused(tmp_path: Path, mon
         tracking.sync(tmp_path, print)
 
 
+class StandIn(types.ModuleType):
+    """Stands in for the module wandb and its run, and keeps the rows; it fails at step `fails_at`."""
+
+    def __init__(self, fails_at: int | None = None):
+        super().__init__("wandb")
+        self.summary: dict = {}
+        self.rows: list[tuple[int, dict]] = []
+        self.fails_at = fails_at
+        self.Settings, self.init = dict, lambda **_: self
+        self.define_metric, self.finish, self.teardown = lambda *_, **__: None, lambda: None, lambda: None
+
+    def log(self, row: dict, step: int, commit: bool) -> None:
+        if step == self.fails_at:
+            raise ValueError("two\nlines")
+        self.rows.append((step, row))
+
+
+def wandb_tracker(folder: Path, said: list[str]) -> RunTracker:
+    return RunTracker(folder, tracking.Wandb("offline", folder, "id", {"name": "a"}, said.append), said.append)
+
+
+def test_wandb_gets_each_step_once_and_what_an_earlier_start_could_not_send(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "wandb").mkdir()
+    logged(tmp_path, 1, 2, 3)
+    (tmp_path / "wandb/last-step").write_text("1")
+    said: list[str] = []
+    for steps in ((4, 4, 6), (5, 6, 7)):
+        module = StandIn()
+        monkeypatch.setitem(sys.modules, "wandb", module)
+        tracker = wandb_tracker(tmp_path, said)
+        for count, step in enumerate(steps):
+            tracker.log({f"train/{count}": count}, step, 0.0)
+        tracker.finish({"x": 1}, {"picture": lambda wandb: wandb.__name__})
+        assert [step for step, _ in module.rows] == ([2, 3, 4, 6] if steps[0] == 4 else [7])
+        tracking.cut_metrics(tmp_path, 4)
+    assert module.rows[-1][1]["picture"] == "wandb"
+    assert module.summary == {"x": 1}
+    assert not said
+
+
+def test_what_wandb_raises_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "wandb", StandIn(fails_at=2))
+    (tmp_path / "wandb").mkdir()
+    said: list[str] = []
+    tracker = wandb_tracker(tmp_path, said)
+    for step in range(6):
+        tracker.log({"train/loss": 1.0}, step, 0.0)
+    tracker.finish({})
+    assert [event["step"] for event in read_metrics(tmp_path)] == list(range(6))
+    assert len(said) == 1
+    assert "two lines" in said[0]
+
+
 def test_what_goes_to_wandb(place: Path):
     arguments = ("tracking.wandb=offline", "tracking.artifacts=true", "tracking.tags=[a, b]", "tracking.group=g")
     done = python(*TRAIN, *arguments, "train.max_steps=45", "checkpoint.every_steps=0", cwd=place)
@@ -247,21 +301,25 @@ def test_a_server_that_answers_gets_it_all_from_one_rank(server: Server, place: 
 
 @pytest.mark.slow
 def test_a_killed_and_resumed_run_is_one_run(server: Server, place: Path, monkeypatch: pytest.MonkeyPatch):
-    arguments = (*TRAIN, *STEPS, "tracking.wandb=offline", "checkpoint.every_steps=30")
-    kill = {"DIGITDIST_FAULT": "slow rank=0 step=60 phase=data"}
-    process = subprocess.Popen([sys.executable, *arguments], cwd=place, env=CLEAN | kill, stdout=subprocess.DEVNULL)
-    wait_until(lambda: len(read_metrics(place / "runs/a")) >= 11 and segments(place / "runs/a"))
-    wait_until(lambda: (place / "runs/a/wandb/last-step").exists())
-    time.sleep(1)
+    (place / "slow.py").write_text(
+        "import os, time\nfrom digitdist.models import Cnn\nclass Net(Cnn):\n  def forward(self, images):\n"
+        "    time.sleep(float(os.environ['SLOW_S']) if self.training else 0)\n    return super().forward(images)\n"
+    )
+    arguments = (*TRAIN, *STEPS, "tracking.wandb=offline", "checkpoint.every_steps=30", "model.target=slow.Net")
+    env = CLEAN | {"PYTHONPATH": f"{place}:{ROOT}", "SLOW_S": "0.06"}
+    process = subprocess.Popen([sys.executable, *arguments], cwd=place, env=env, stdout=subprocess.DEVNULL)
+    mark = place / "runs/a/wandb/last-step"
+    wait_until(lambda: mark.exists() and int(mark.read_text()) >= 35)
+    time.sleep(1.2)
     process.kill()
     process.wait()
-    assert python(*arguments, cwd=place).code == 0
+    assert python(*arguments, cwd=place, env=env | {"SLOW_S": "0"}).code == 0
     first, second = segments(place / "runs/a")
     assert first.name.rpartition("-")[2] == second.name.rpartition("-")[2]
     steps = [row["step"] for segment in (first, second) for row in rows(segment)]
     assert steps == sorted(set(steps))
     assert steps[-1] == 100
-    assert rows(second)[0]["step"] > int(rows(first)[-1]["step"])
+    assert len(steps) >= 15  # of 20 lines: those of the last second may be lost with it
 
     for name, value in with_key(server.url).items():
         monkeypatch.setenv(name, value)
@@ -287,5 +345,5 @@ def test_the_sweep_is_one_that_wandb_takes_and_train_too():
     command = create_sweep_command(sweep["command"])
     at = command.index("${args_no_hyphens}")
     command[at : at + 1] = create_sweep_command_args({"args": drawn})["args_no_hyphens"]
-    assert command[:5] == ["/usr/bin/env", "accelerate", "launch", "-m", "digitdist.train"]
-    assert load((), command[5:]).data.validation > 0
+    assert command[:4] == ["accelerate", "launch", "-m", "digitdist.train"]
+    assert load((), command[4:]).data.validation > 0
