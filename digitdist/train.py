@@ -367,8 +367,8 @@ class Progress:
             columns, rows = shutil.get_terminal_size()
             size = {"ncols": columns, "nrows": rows}  # tqdm's own look draws nothing on a terminal that tells no size
             self.bar = tqdm(total=count, desc=title, unit=" images", file=sys.stdout, leave=False, **size)
-        self.bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
-        self.bar.update(seen - self.bar.n)
+        self.bar.n = seen
+        self.bar.set_postfix_str(f"loss {loss:.4f}")  # and draws
 
     def show_test(self, epoch: float, result: evaluate.Evaluation) -> None:
         """The test line after an epoch."""

@@ -78,7 +78,7 @@ def readable(folder: Path) -> list[dict]:
 # What is stopped
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "STOP"])
+@pytest.mark.parametrize("name", ["SIGTERM", *(pytest.param(n, marks=pytest.mark.slow) for n in ("SIGINT", "SIGUSR1", "STOP"))])
 def test_a_stop_saves_and_ends_with_75_and_the_same_command_goes_on(place: Path, unbroken: Path, name: str):
     process = start(1, *EXACT, cwd=place)
     wait_for_step(place / "runs/a", 10, process)
@@ -245,6 +245,7 @@ def test_in_ddp_too_stopping_and_going_on_changes_no_bit(place: Path, tmp_path_f
     assert result(place / "runs/a")["weights_sha256"] == result(other / "runs/a")["weights_sha256"]
 
 
+@pytest.mark.slow
 def test_a_finished_run_says_so_and_a_changed_one_is_refused(place: Path):
     short = (*TRAIN, "train.max_steps=10")
     assert python(*short, cwd=place).code == 0

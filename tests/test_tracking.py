@@ -195,6 +195,7 @@ def test_what_wandb_raises_is_told_in_one_line(tmp_path: Path, monkeypatch: pyte
     assert "two lines" in said[0]
 
 
+@pytest.mark.slow
 def test_what_goes_to_wandb(place: Path):
     arguments = ("tracking.wandb=offline", "tracking.artifacts=true", "tracking.tags=[a, b]", "tracking.group=g")
     done = python(*TRAIN, *arguments, "train.max_steps=45", "checkpoint.every_steps=0", cwd=place)

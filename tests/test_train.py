@@ -141,6 +141,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_reaches_a_weight(place: Path)
     assert all(tensor.isfinite().all() for tensor in read(stored).tensors["model"].values())
 
 
+@pytest.mark.slow
 def test_options_of_training_all_work_together(place: Path):
     options = (
         "optim.name=adamw",

@@ -40,13 +40,14 @@ def test_torchrun_makes_one_run_of_three_processes_and_evaluates_on_two(place: P
     assert json.loads(again.out)["correct"] == result(folder)["test_correct"]
 
 
-@pytest.mark.parametrize("world_size", WORLDS[1:])
+@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_gradient_is_that_of_the_mean_loss(mnist_root: Path, world_size: int):
     done = torchrun(world_size, str(ROOT / "tests/gradient_worker.py"), str(mnist_root), cwd=ROOT / "tests")
     assert done.code == 0, done.err
     assert "all gradients as in the reference" in done.out
 
 
+@pytest.mark.slow
 def test_losses_agree_across_world_sizes_without_dropout(place: Path):
     options = ("model.target=nodropout.Net", "train.max_steps=100", "train.log_every=1")
     (place / "nodropout.py").write_text(
@@ -61,6 +62,7 @@ def test_losses_agree_across_world_sizes_without_dropout(place: Path):
     assert np.abs(np.subtract(*losses)).max() < 1e-4
 
 
+@pytest.mark.slow
 def test_more_processes_than_images_in_a_batch(place: Path):
     done = torchrun(4, *TRAIN, "data.batch_size=3", "train.max_steps=12", "data.eval_batch_size=100000", cwd=place)
     check_run(done, only_run(place), 4)
