@@ -198,6 +198,21 @@ def _read_verified(folder: Path) -> dict[str, bytes]:
     return data
 
 
+def write_whole(file: Path, content: bytes) -> None:
+    """Writes `content` as `file`: all of it or the old file, whatever happens meanwhile.
+
+    Raises:
+        OSError: it cannot be written; nothing is left of the attempt.
+    """
+    temporary = file.with_name(f".{file.name}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, file)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def _write_synced(path: Path, data: bytes) -> None:
     with path.open("xb") as file:
         file.write(data)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -142,9 +141,7 @@ def save_predictions(result: Evaluation, file: Path) -> None:
     np.savez_compressed(
         buffer, index=result.index, label=result.label, prediction=result.prediction, probability=result.probability
     )
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_bytes(buffer.getvalue())
-    os.replace(temporary, file)
+    checkpoint.write_whole(file, buffer.getvalue())
 
 
 def find_run(name: str, runs: str = "runs") -> Path:

@@ -14,7 +14,6 @@ import io
 import itertools
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -26,6 +25,7 @@ import yaml
 
 from digitdist import config as configuration
 from digitdist import runtime, tracking
+from digitdist.checkpoint import write_whole
 from digitdist.config import KEYS, DataConfig, Parser, UserError
 from digitdist.data import SPECS, ImageSet, load_splits
 from digitdist.evaluate import Evaluation, find_run, wilson_interval
@@ -434,21 +434,10 @@ def _draw(plot: Plot, file: Path | None) -> str:
     plot.figure.savefig(buffer, format="png")
     if file:
         file.parent.mkdir(exist_ok=True)
-        _write_whole(file, buffer.getvalue())
+        write_whole(file, buffer.getvalue())
     source = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
     image = f'<img alt="{escape(plot.alt)}" src="{source}">'
     return f"<h2>{escape(plot.title)}</h2><figure>{image}<figcaption>{escape(plot.caption)}</figcaption></figure>"
-
-
-def _write_whole(file: Path, content: bytes) -> None:
-    """The whole content or the old file, whatever happens meanwhile."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, file)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _score(correct: int, total: int) -> str:
@@ -552,7 +541,7 @@ def write_report(folder: Path) -> Path:
     notes = [_text(note, "note") for note in record.notes]
     parts = [drawn["curves"], drawn["confusion"], _classes(record), drawn["mistakes"], drawn["calibration"]]
     page = _page(record.name, _result(record), *notes, *parts, drawn["throughput"], _starts(record), _settings(record))
-    _write_whole(folder / "report.html", page.encode())
+    write_whole(folder / "report.html", page.encode())
     return folder / "report.html"
 
 
@@ -626,7 +615,7 @@ def write_comparison(folders: Sequence[Path], file: Path) -> None:
     verdicts = "".join(f"<li>{escape(verdict)}</li>" for verdict in compare(records, names))
     parts = [f"<h2>Results</h2>{_results(records, names)}", f"<h2>Differences</h2><ul>{verdicts}</ul>{_text(method)}", curves]
     notes = [_text(f"{name}: {note}", "note") for name, record in zip(names, records, strict=True) for note in record.notes]
-    _write_whole(file, _page(f"{len(records)} runs compared", *notes, *parts, _differing(records, names)).encode())
+    write_whole(file, _page(f"{len(records)} runs compared", *notes, *parts, _differing(records, names)).encode())
 
 
 def _results(records: Sequence[Record], names: Sequence[str]) -> str:

@@ -27,6 +27,7 @@ from urllib.parse import urlparse
 import numpy as np
 import psutil
 
+from digitdist.checkpoint import write_whole
 from digitdist.config import UserError
 
 METRICS = "metrics.jsonl"
@@ -102,9 +103,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 def cut_metrics(folder: Path, last_step: int) -> None:
     """Removes what was logged after `last_step`, and a line that a crash cut short: the run is gone through again."""
     kept = [event for event in read_metrics(folder) if event["step"] <= last_step]
-    temporary = folder / f".{METRICS}.tmp"
-    temporary.write_text("".join(json.dumps(event) + "\n" for event in kept))
-    os.replace(temporary, folder / METRICS)
+    write_whole(folder / METRICS, b"".join(json.dumps(event).encode() + b"\n" for event in kept))
 
 
 class Wandb:
@@ -208,9 +207,7 @@ class Wandb:
     def _send(self) -> None:
         row, self._row = self._row, {}
         self._sent = row["step"]
-        temporary = self._mark.with_name(f".{self._mark.name}.tmp")
-        temporary.write_text(str(self._sent))
-        os.replace(temporary, self._mark)
+        write_whole(self._mark, str(self._sent).encode())
         self._run.log(row, step=self._sent, commit=True)
 
     def _finish(self, summary: Mapping[str, Any], media: Mapping[str, Media], weights: Path | None) -> None:

@@ -248,7 +248,7 @@ class Trainer:
                 "weights_sha256": checkpoint.weights_sha256(self.judged.state_dict()),
             }
             evaluate.save_predictions(result, self.run.folder / "predictions.npz")
-            _write_whole(self.run.folder / "result.json", json.dumps(report, indent=1) + "\n")
+            checkpoint.write_whole(self.run.folder / "result.json", json.dumps(report, indent=1).encode() + b"\n")
             say(f"\n{self.config.data.name} test: {evaluate.in_words(result)}")
             if self.train_seconds:
                 say(f"trained {seen:,} images in {self.train_seconds:.1f} s, {seen / self.train_seconds:,.0f} images/s")
@@ -579,7 +579,7 @@ def _check_progress(folder: Path, starts: list[dict[str, Any]]) -> None:
 
 
 def _write_starts(folder: Path, starts: list[dict[str, Any]]) -> None:
-    _write_whole(folder / "environment.json", json.dumps({"starts": starts}, indent=1) + "\n")
+    checkpoint.write_whole(folder / "environment.json", json.dumps({"starts": starts}, indent=1).encode() + b"\n")
 
 
 def _read_starts(folder: Path) -> list[dict[str, Any]]:
@@ -608,13 +608,6 @@ def profiler(steps: int, device: torch.device, folder: Path) -> torch.profiler.p
 def _metrics(split: str, result: evaluate.Evaluation) -> dict[str, float]:
     values = {"loss": result.mean_loss, "accuracy": result.accuracy, "correct": result.correct, "total": result.total}
     return {f"{split}/{name}": value for name, value in values.items()}
-
-
-def _write_whole(file: Path, text: str) -> None:
-    """The whole text or the old file, whatever happens meanwhile."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, file)
 
 
 def prepare(files: Sequence[str], overrides: Sequence[str]) -> tuple[Config, Plan, Splits, nn.Module]:
