@@ -31,7 +31,7 @@ def trainer_epoch(overrides: list[str]) -> float:
         config, plan, splits, model = train.prepare([], [*overrides, *fixed])
         last_step = Order(len(splits.train), config.data.batch_size, config.seed).steps_per_epoch
         accelerator = runtime.start(config, plan)
-        run = train.open_run(config, plan, last_step, [])
+        run = train.open_run(config, plan, last_step, [], [])
         heartbeat = runtime.Heartbeat(run.heartbeat, plan.world)
         trainer = train.Trainer(config, accelerator, splits, model, run, heartbeat)
         trainer.train()

@@ -48,8 +48,13 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help shows what is allowed")
 
     def print_help(self, file: Any = None) -> None:
-        if os.environ.get("RANK", "0") == "0":
+        if is_main():
             super().print_help(file)
+
+
+def is_main() -> bool:
+    """True for the main rank, as the launcher's environment tells it."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def key(default: Any, meaning: str, *, low: float | None = None, above: float | None = None, high: float | None = None) -> Any:
@@ -127,6 +132,7 @@ class SyncConfig:
     mode: Literal["ddp", "exact"] = key("ddp", "how ranks agree on a gradient; exact: equal bits for any world size")
     shards: int = key(8, "exact: fixed parts of a global batch, the largest world size", low=1, high=4096)
     check_every: int = key(200, "steps between two comparisons of the weights of all ranks; 0: never", low=0)
+    join_timeout_s: float = key(600.0, "seconds to wait at the start for every rank", above=0)
     timeout_s: float = key(300.0, "seconds after which a rank that does not answer ends the run", above=0)
 
 
@@ -176,7 +182,14 @@ class Config:
 
 HARMLESS = {  # keys that leave a run's weights as they are: they may change when it goes on
     *("data.root", "data.eval_batch_size", "train.epochs", "train.max_steps", "train.threads", "train.log_every"),
-    *("train.eval_every", "sync.check_every", "sync.timeout_s", "checkpoint.every_steps", "checkpoint.keep"),
+    *(
+        "train.eval_every",
+        "sync.check_every",
+        "sync.join_timeout_s",
+        "sync.timeout_s",
+        "checkpoint.every_steps",
+        "checkpoint.keep",
+    ),
     *("checkpoint.resume", "checkpoint.allow_change", "run.dir", "run.name", "run.report"),
     *("train.profile", "tracking.wandb", "tracking.project", "tracking.entity", "tracking.group", "tracking.tags"),
     *("tracking.name", "tracking.notes", "tracking.artifacts"),
@@ -397,12 +410,15 @@ def _nearest(name: str) -> str:
 def _check_names(config: Config) -> list[str]:
     """What no type or range can tell: names and paths."""
     mistakes = []
-    name, resume, runs = config.run.name, config.checkpoint.resume, Path(config.run.dir)
+    name, resume = config.run.name, config.checkpoint.resume
     if name is not None and (not name.strip() or name in (".", "..") or set(name) & set("/\\\0\n")):
         mistakes.append(f"run.name={name!r} is not allowed; it names one folder in run.dir, so no slash and not empty")
-    if resume not in ("auto", "never") and not Path(resume).is_dir():
-        mistakes.append(f"checkpoint.resume={resume}: there is no such folder; give auto, never or a checkpoint's folder")
-    for label, folder in (("run.dir", runs), ("data.root", Path(config.data.root))):
+    folders = {"data.root": Path(config.data.root)}
+    if is_main():  # whose host holds the run
+        folders["run.dir"] = Path(config.run.dir)
+        if resume not in ("auto", "never") and not Path(resume).is_dir():
+            mistakes.append(f"checkpoint.resume={resume}: there is no such folder; give auto, never or a checkpoint's folder")
+    for label, folder in folders.items():
         there = nearest_folder(folder)
         if not there.is_dir():
             mistakes.append(f"{label}={folder}: {there} is a file; give a folder")

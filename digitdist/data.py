@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
+from digitdist.checkpoint import weights_sha256
 from digitdist.config import AugmentConfig, Config, DataConfig, Parser, UserError, load
 from digitdist.runtime import run_command
 
@@ -101,6 +102,13 @@ class Splits:
 
     def to(self, device: torch.device) -> Splits:
         return Splits(self.train.to(device), self.validation.to(device), self.test.to(device))
+
+    def sha256(self) -> str:
+        """Over all images, labels and indices: two hosts with the same one train on the same data."""
+        parts = {"train": self.train, "validation": self.validation, "test": self.test}
+        return weights_sha256(
+            {f"{name}.{field}": tensor for name, part in parts.items() for field, tensor in vars(part).items()}
+        )
 
 
 def load_splits(config: DataConfig, seed: int) -> Splits:

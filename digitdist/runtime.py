@@ -5,8 +5,11 @@ What a launch gets wrong is found here, before a process group exists.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
+import itertools
+import json
 import mmap
 import os
 import platform
@@ -18,7 +21,7 @@ import time
 import traceback
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -31,10 +34,11 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, is_bf16_available, is_fp8_available
 
-from digitdist.config import Config, UserError
+from digitdist.config import Config, UserError, is_main
 
 EXIT_FAULT, EXIT_MISTAKE, EXIT_STOPPED = 1, 2, 75
 TELL_GRACE_S = 30.0
+REFUSAL_S = 60.0  # in which the other ranks are told of a mistake
 T = TypeVar("T")
 
 
@@ -103,10 +107,6 @@ def world() -> World:
             f"WORLD_SIZE={size}, but MASTER_ADDR or MASTER_PORT is not set; start with torchrun or accelerate launch"
         )
     return World(rank, size, local_rank, local_size)
-
-
-def is_main() -> bool:
-    return os.environ.get("RANK", "0") == "0"
 
 
 def say(text: str) -> None:
@@ -230,6 +230,114 @@ def start(config: Config, plan: Plan) -> Accelerator:
             " start with torchrun or accelerate launch --multi_gpu"
         )
     return accelerator
+
+
+_served: list[dist.Store] = []  # kept for as long as this process lives: the process group meets in the same store
+
+
+def roll_call(world: World, card: dict[str, str], timeout_s: float, mistakes: Sequence[str] = ()) -> None:
+    """Waits for every rank and compares what each says of itself: `card`, name to value. Collective: every rank must call it,
+    before the process group is made, also one that has found `mistakes` of its own.
+
+    Rank 0 alone judges, and gives its verdict at the first card that is wrong.
+
+    Raises:
+        UserError: the same on every rank: a rank has not come within `timeout_s`, two say that they are the same one, two
+            differ in a value, or one has found a mistake.
+    """
+    if world.size == 1:
+        return
+    own = {"rank": world.rank, "host": platform.node(), "mistakes": mistakes, "WORLD_SIZE": str(world.size), **card}
+    limit, address = timedelta(seconds=timeout_s), (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # then one store serves all restarts
+    serves = world.rank == 0 and not agent
+    try:
+        _served.append(dist.TCPStore(*address, None, serves, limit, wait_for_workers=False, multi_tenant=True))
+        store = dist.PrefixStore(f"roll call {restart_count() if agent else 0}", _served[0])
+        store.set(f"card {store.add('cards', 1)}", json.dumps(own))
+        if world.rank == 0:
+            store.set("verdict", "\n".join(_judge(store, own, world, timeout_s)))
+        store.wait(["verdict"], limit + timedelta(seconds=10))
+        verdict = store.get("verdict").decode()
+    except dist.DistError as error:
+        raise UserError(_unmet(world, address, timeout_s, serves, error)) from None
+    if verdict:
+        with contextlib.suppress(dist.DistError):  # the others may be gone, or never come
+            if world.rank:
+                store.set(f"read {world.rank}", "")
+            else:  # who serves the store leaves last
+                store.wait([f"read {rank}" for rank in range(1, world.size)], timedelta(seconds=5))
+        raise UserError(*verdict.split("\n"))
+
+
+def refuse(error: UserError) -> NoReturn:
+    """Raises `error` on every rank. Collective: a rank without an error of its own is in `roll_call`."""
+    try:
+        here = world()
+    except UserError:
+        raise error from None  # it has told that
+    roll_call(here, {}, REFUSAL_S, error.mistakes)
+    raise error
+
+
+def _judge(store: dist.Store, own: dict[str, Any], world: World, timeout_s: float) -> list[str]:
+    """What is wrong with the cards of all ranks, which rank 0 takes in the order in which they come; nothing if all is well."""
+    if own["mistakes"]:
+        return _told_by(own, world)
+    hosts: dict[int, str] = {}  # of each rank that has come
+    deadline = time.monotonic() + timeout_s
+    for number in itertools.count(1):
+        try:
+            store.wait([f"card {number}"], timedelta(seconds=max(0.01, deadline - time.monotonic())))
+        except dist.DistError:
+            return [_missing(hosts, world, timeout_s)]
+        card = json.loads(store.get(f"card {number}"))
+        rank, host = card["rank"], card["host"]
+        if card["mistakes"]:
+            return _told_by(card, world)
+        differing = [
+            f"{name} is {own.get(name)} at rank 0 on {own['host']} and {card.get(name)} at rank {rank} on {host};"
+            " it must be the same everywhere"
+            for name in sorted((own.keys() | card.keys()) - {"rank", "host", "mistakes"})
+            if own.get(name) != card.get(name)
+        ]
+        if differing:
+            return differing
+        if rank in hosts and "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun numbers them itself, anew at each meeting
+            return [f"two processes say that they are rank {rank}, on {hosts[rank]} and on {host}; give each host its own RANK"]
+        hosts[rank] = host
+        if len(hosts) == world.size:
+            return []
+    raise AssertionError
+
+
+def _told_by(card: dict[str, Any], world: World) -> list[str]:
+    """The mistakes of a rank, with its name where they may be those of its host alone."""
+    prefix = f"rank {card['rank']} on {card['host']}: " if world.size > world.local_size else ""
+    return [prefix + mistake for mistake in card["mistakes"]]
+
+
+def _missing(hosts: dict[int, str], world: World, timeout_s: float) -> str:
+    absent = [rank for rank in range(world.size) if rank not in hosts]
+    names = [f"rank {rank}" for rank in absent]
+    if world.local_size < world.size:
+        names = [f"{name} (of host {rank // world.local_size})" for name, rank in zip(names, absent, strict=True)]
+    there = ", ".join(f"rank {rank} on {host}" for rank, host in sorted(hosts.items()))
+    return (
+        f"{', '.join(names)} has not come within sync.join_timeout_s={timeout_s:g}; there are {there}:"
+        " look whether the missing ones were started, and reach MASTER_ADDR and MASTER_PORT"
+    )
+
+
+def _unmet(world: World, address: tuple[str, int], timeout_s: float, serves: bool, error: Exception) -> str:
+    """Why this rank has not met rank 0."""
+    where = "{}:{}".format(*address)
+    if serves and "EADDRINUSE" in str(error):
+        return f"MASTER_PORT={address[1]} is taken on {platform.node()}; give a free port, the same on all hosts"
+    return (
+        f"rank {world.rank} on {platform.node()}: rank 0 has not answered at {where} within sync.join_timeout_s={timeout_s:g};"
+        " look whether its host was started, this is its address, and the firewall lets the port through"
+    )
 
 
 def on_main(accelerator: Accelerator, act: Callable[[], T]) -> T:

@@ -6,6 +6,7 @@ accelerate launch -m digitdist.train [--config FILE] [key=value ...]
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -25,7 +26,7 @@ from typing import Any
 import accelerate
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from filelock import FileLock, Timeout
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -35,13 +36,14 @@ import digitdist
 from digitdist import checkpoint, evaluate, models, optim, runtime, sync, tracking
 from digitdist import config as configuration
 from digitdist.checkpoint import Checkpoint
-from digitdist.config import Config, Parser, UserError
+from digitdist.config import Config, Parser, UserError, is_main
 from digitdist.data import SPECS, Order, Splits, load_splits
 from digitdist.runtime import Fault, Plan, Stopped, say
 
 RUN_FILES = ("metrics.jsonl", "result.json", "predictions.npz", "environment.json", "trace.json")
 PROFILE_WARMUP = 3  # steps
 WORST_MISTAKES = 50  # images in W&B's table
+LOCAL_KEYS = ("data.root", "run.dir")  # may differ from host to host
 LAG = 0.2  # a rank is named that needs more than this part more time than the others
 
 
@@ -389,6 +391,7 @@ class Run:
 
     folder: Path
     plan: Plan
+    host: str  # the main rank's, which holds the folder
     token: str  # of this start
     wandb_id: str
     stored: Checkpoint | None  # what it goes on from
@@ -404,12 +407,22 @@ class Run:
 
     @property
     def heartbeat(self) -> Path:
-        """The file of a host's ranks: in the run's folder, or, on a host that does not see it, in the temporary one."""
-        inside = self.folder / f".heartbeat-{self.token}"
-        return inside if inside.exists() else Path(tempfile.gettempdir()) / f"digitdist-{self.token}"
+        """The file of a host's ranks: in the run's folder on the main rank's host, in the temporary one elsewhere, since
+        hosts cannot map one file together."""
+        here = platform.node() == self.host and self.visible
+        return self.folder / self.heartbeat_name if here else Path(tempfile.gettempdir()) / f"digitdist{self.heartbeat_name}"
+
+    @property
+    def visible(self) -> bool:
+        """Whether this host sees the folder that the main rank has opened."""
+        return (self.folder / self.heartbeat_name).exists()
+
+    @property
+    def heartbeat_name(self) -> str:
+        return f".heartbeat-{self.token}"
 
     def tracker(self, config: Config) -> tracking.Tracker:
-        if not runtime.is_main():
+        if not is_main():
             return tracking.NullTracker()
         if config.tracking.wandb == "disabled":
             return tracking.RunTracker(self.folder, None, say)
@@ -420,13 +433,65 @@ class Run:
         return tracking.RunTracker(self.folder, wandb, say)
 
 
-def open_run(config: Config, plan: Plan, last_step: int, held: list[FileLock]) -> Run:
+def card(config: Config, plan: Plan, splits: Splits) -> dict[str, str]:
+    """What must be the same on every rank: the configuration but for a host's folders, the code, the data, what it runs on."""
+    code = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))))
+    return {name: str(value) for name, value in configuration.as_dict(config).items() if name not in LOCAL_KEYS} | {
+        "digitdist": f"version {digitdist.__version__} with sources {code.hexdigest()[:12]}",
+        "torch": f"version {torch.__version__}",
+        "device": plan.device_type,
+        "effective train.precision": plan.precision,
+        "data": f"of SHA-256 {splits.sha256()[:12]}",
+    }
+
+
+def fetch_run(config: Config, plan: Plan, launchers: list[float]) -> None:
+    """Brings the run to the main rank's host where another host has come further with it. Collective: every rank must call it.
+
+    Where hosts share no folder, the main rank's holds the run; a launcher that starts it anew may make it another one.
+    """
+    world, runs = plan.world, Path(config.run.dir)
+    if world.size == world.local_size or config.checkpoint.resume == "never":
+        return
+    name = config.run.name or _run_of(runs, launchers)
+    at = -1
+    if name and world.local_rank == 0:
+        stored = checkpoint.newest_good(runs / name / "checkpoints", lambda _: None)
+        at = stored.step if stored else -1
+    views = gather_object([(at, name, platform.node())])
+    holder = max(range(world.size), key=lambda rank: (views[rank][0], -rank))
+    at, name, host = views[holder]
+    if at <= views[0][0]:
+        return
+    files = [_pack(runs / name, checkpoint.folder_name(at)) if world.rank == holder else {}]
+    broadcast_object_list(files, from_process=holder)
+    if world.rank == 0:
+        for path, content in files[0].items():
+            (runs / name / path).parent.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_whole(runs / name / path, content)
+        say(f"{runs / name}: fetched from host {host}, which has it up to step {at:,}")
+
+
+def _pack(folder: Path, newest: str) -> dict[str, bytes]:
+    """The files of a run that it needs to go on elsewhere: path to content, in the order in which to write them."""
+    files = [*(folder / name for name in RUN_FILES), *sorted((folder / "checkpoints" / newest).iterdir(), key=_manifest_last)]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files if file.exists()}
+
+
+def _manifest_last(file: Path) -> bool:
+    return file.name == checkpoint.MANIFEST  # without which the others are no checkpoint yet
+
+
+def open_run(config: Config, plan: Plan, last_step: int, held: list[FileLock], launchers: list[float]) -> Run:
     """Opens the run's folder on the main rank: locks it, finds what to go on from, cuts the metrics to it.
+
+    `launchers` are the starts of those that have started the ranks, by which workers that they restart find their run.
 
     Raises:
         UserError: another training works in the folder, or the run cannot go on with this configuration.
     """
-    folder = Path(config.run.dir) / (config.run.name or _name_from_time(Path(config.run.dir)))
+    runs = Path(config.run.dir)
+    folder = runs / (config.run.name or _run_of(runs, launchers) or _name_from_time(runs))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         held.append(FileLock(folder / ".lock"))  # dies with this process
@@ -436,7 +501,7 @@ def open_run(config: Config, plan: Plan, last_step: int, held: list[FileLock]) -
     except OSError as error:
         raise UserError(f"run.dir: {error.filename}: {error.strerror}; give a folder you can write to") from None
 
-    run = Run(folder, plan, secrets.token_hex(8), "", None)
+    run = Run(folder, plan, platform.node(), secrets.token_hex(8), "", None)
     if config.checkpoint.resume == "never":
         _clear(folder)
     run.stored = checkpoint.newest_good(run.checkpoints, say)
@@ -450,13 +515,13 @@ def open_run(config: Config, plan: Plan, last_step: int, held: list[FileLock]) -
         for name in ("result.json", "predictions.npz"):  # of the end that is now to be passed
             (folder / name).unlink(missing_ok=True)
     starts = _note_last_end(folder, _read_starts(folder))
-    _check_progress(folder, starts)
+    _check_progress(folder, starts, launchers, plan.world.size)
     run.wandb_id = starts[0]["wandb_id"] if starts else os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
     tracking.cut_metrics(folder, run.stored.step if run.stored else -1)
     step = run.stored.step if run.stored else 0
-    starts.append({**environment(plan), "step": step, "wandb_id": run.wandb_id, "launcher": runtime.launcher_start()})
+    starts.append({**environment(plan), "step": step, "wandb_id": run.wandb_id, "launchers": launchers})
     _write_starts(folder, starts)
-    (folder / f".heartbeat-{run.token}").touch()
+    (folder / run.heartbeat_name).touch()
     config.run.name = folder.name
     configuration.save(config, folder / "config.yaml")
     return run
@@ -486,12 +551,14 @@ def environment(plan: Plan) -> dict[str, Any]:
 
 
 def introduction(config: Config, plan: Plan, splits: Splits, order: Order, last_step: int, run: Run) -> str:
-    """The first lines of a run: what it runs on, and what it is about to do."""
+    """The first lines of a run: what it runs on, and what it is about to do. Collective: every rank must call it."""
+    blind = sorted(set(gather_object([] if run.visible else [platform.node()])))
     world, accumulate = plan.world.size, config.train.accumulate
     low, high = order.batch_size // (world * accumulate), -(-order.batch_size // (world * accumulate))
     share = f"{high}" if low == high else f"{low} or {high}"
-    hosts = "" if world == plan.world.local_size else ", on several hosts"
-    processes = f"{world} process{'es' if world > 1 else ''}{hosts}"
+    several = world > plan.world.local_size
+    processes = f"{world} process{'es' if world > 1 else ''}{', on several hosts' if several else ''}"
+    holder = f" on {run.host}{', not seen by ' + ', '.join(blind) if blind else ''}" if several else ""
     held_out = f", {len(splits.validation):,} held out" if len(splits.validation) else ""
     state = f"goes on from step {run.stored.step:,}" if run.stored else "starts"
     lines = [
@@ -502,16 +569,23 @@ def introduction(config: Config, plan: Plan, splits: Splits, order: Order, last_
         f" × {accumulate} accumulated",
         f"data       {config.data.name}: {len(splits.train):,} images to train{held_out}, {len(splits.test):,} to test",
         f"steps      {last_step:,}, {order.steps_per_epoch:,} an epoch",
-        f"run        {run.folder} {state}",
+        f"run        {run.folder}{holder} {state}",
     ]
     return "\n".join(lines)
 
 
+def _run_of(runs: Path, launchers: list[float]) -> str | None:
+    """The run that one of these launchers has started before; None where there is none."""
+    names = sorted(folder.name for folder in runs.glob("*") if launchers and folder.is_dir())
+    return next((n for n in reversed(names) if _started_by(_read_starts(runs / n)[-1:], launchers)), None)
+
+
+def _started_by(starts: list[dict[str, Any]], launchers: list[float]) -> list[dict[str, Any]]:
+    return [start for start in starts if set(start["launchers"]) & set(launchers)]
+
+
 def _name_from_time(runs: Path) -> str:
-    """When the launcher started, so that workers which it restarts find the run of those before them; else now."""
-    name = datetime.fromtimestamp(runtime.launcher_start() or time.time()).strftime("%Y%m%d-%H%M%S")
-    if runtime.restart_count():
-        return max((folder.name for folder in runs.glob(f"{name}*")), default=name)
+    name = datetime.now().strftime("%Y%m%d-%H%M%S")
     return next(n for n in (name, *(f"{name}-{i}" for i in range(2, 1000))) if not (runs / n).exists())
 
 
@@ -562,20 +636,20 @@ def _note_last_end(folder: Path, starts: list[dict[str, Any]]) -> list[dict[str,
     return starts
 
 
-def _check_progress(folder: Path, starts: list[dict[str, Any]]) -> None:
+def _check_progress(folder: Path, starts: list[dict[str, Any]], launchers: list[float], world_size: int) -> None:
     """Ends what the launcher restarts in vain.
 
     Raises:
-        Stopped: the workers before these were asked to stop.
+        Stopped: the workers before these were asked to stop, and not by a launcher that has found more hosts meanwhile.
         Fault: the launcher has restarted them twice without a step of progress.
     """
-    here = runtime.launcher_start()
-    mine = [start for start in starts if here and start["launcher"] == here]
-    if mine and mine[-1].get("stopped"):
+    mine = _started_by(starts, launchers)
+    if mine and mine[-1].get("stopped") and world_size <= mine[-1]["world_size"]:
         raise Stopped(f"{folder}: stopped on request; the launcher's restart does not change that")
-    reached = [start.get("reached", 0) for start in mine]
+    faulty = [start for start in mine if not start.get("stopped")]
+    reached = [start.get("reached", 0) for start in faulty]
     if len(reached) > 2 and max(reached[-2:]) <= max(reached[:-2]):
-        raise Fault(f"{folder}: restarted twice without a step of progress; the cause: {mine[-1]['fault']}")
+        raise Fault(f"{folder}: restarted twice without a step of progress; the cause: {faulty[-1]['fault']}")
 
 
 def _write_starts(folder: Path, starts: list[dict[str, Any]]) -> None:
@@ -628,7 +702,7 @@ def prepare(files: Sequence[str], overrides: Sequence[str]) -> tuple[Config, Pla
         mistakes += error.mistakes
     if config.tracking.wandb == "online" and not tracking.has_wandb_key():
         mistakes.append("tracking.wandb=online needs a key: run wandb login, or set tracking.wandb=offline")
-    if not os.access(configuration.nearest_folder(Path(config.run.dir)), os.W_OK | os.X_OK):
+    if is_main() and not os.access(configuration.nearest_folder(Path(config.run.dir)), os.W_OK | os.X_OK):
         mistakes.append(f"run.dir={config.run.dir}: no permission to write there; give a folder that you own")
     if mistakes or plan is None or model is None:
         raise UserError(*mistakes)
@@ -681,13 +755,19 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides the files; the last one wins")
     arguments = parser.parse_args()
 
-    config, plan, splits, model = prepare(arguments.config, arguments.overrides)
+    try:
+        config, plan, splits, model = prepare(arguments.config, arguments.overrides)
+    except UserError as error:
+        runtime.refuse(error)
+    runtime.roll_call(plan.world, card(config, plan, splits), config.sync.join_timeout_s)
     order = Order(len(splits.train), config.data.batch_size, config.seed)
     last_step = min(order.total_steps(config.train.epochs), config.train.max_steps or sys.maxsize)
 
     accelerator = runtime.start(config, plan)
     held: list[FileLock] = []  # for as long as this process lives
-    run = runtime.on_main(accelerator, lambda: open_run(config, plan, last_step, held))
+    launchers = sorted({start for start in gather_object([runtime.launcher_start()]) if start})
+    fetch_run(config, plan, launchers)
+    run = runtime.on_main(accelerator, lambda: open_run(config, plan, last_step, held, launchers))
     if run.finished and run.stored:
         say(f"{run.folder} is finished, at step {run.stored.step:,}; raise train.epochs or train.max_steps to go on")
     else:
@@ -696,7 +776,7 @@ def main() -> None:
         with blaming(heartbeat, run):
             Trainer(config, accelerator, splits, model, run, heartbeat).train()
         run.heartbeat.unlink(missing_ok=True)
-        if runtime.is_main() and config.run.report:
+        if is_main() and config.run.report:
             write_report(run.folder)
     accelerator.end_training()
 
