@@ -129,8 +129,15 @@ class TrainConfig:
 
 @dataclass
 class SyncConfig:
-    mode: Literal["ddp", "exact"] = key("ddp", "how ranks agree on a gradient; exact: equal bits for any world size")
+    mode: Literal["ddp", "exact", "local"] = key(
+        "ddp", "how ranks agree; exact: equal bits for any world size; local: every so many steps, for thin links (DiLoCo)"
+    )
     shards: int = key(8, "exact: fixed parts of a global batch, the largest world size", low=1, high=4096)
+    every: int = key(50, "local: steps that a rank takes by itself between two meetings", low=1)
+    outer_lr: float = key(0.7, "local: rate of the outer step; 1 with outer_momentum=0 is plain averaging", above=0)
+    outer_momentum: float = key(0.9, "local: Nesterov momentum of the outer step", low=0, high=0.9999)
+    overlap: bool = key(False, "local: go on while the ranks exchange; the outer step is then a round late")
+    compress: Literal["none", "bf16", "fp16", "powersgd"] = key("none", "ddp: how gradients are sent, for thin links")
     check_every: int = key(200, "steps between two comparisons of the weights of all ranks; 0: never", low=0)
     join_timeout_s: float = key(600.0, "seconds to wait at the start for every rank", above=0)
     timeout_s: float = key(300.0, "seconds after which a rank that does not answer ends the run", above=0)
@@ -311,7 +318,9 @@ def as_dict(config: Config) -> dict[str, Any]:
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """The keys that alter the result and differ, each with its old and new value, for a run that goes on."""
-    harmless = HARMLESS - ({"train.threads"} if new["sync.mode"] == "exact" else set())
+    # One thread count has one rounding; in local mode the ranks also meet before an evaluation and a checkpoint.
+    altering = {"exact": {"train.threads"}, "local": {"train.eval_every", "checkpoint.every_steps"}}
+    harmless = HARMLESS - altering.get(new["sync.mode"], set())
     names = sorted((old.keys() | new.keys()) - harmless)
     return [f"{name} was {old.get(name)!r} and is now {new.get(name)!r}" for name in names if old.get(name) != new.get(name)]
 
@@ -413,6 +422,11 @@ def _check_names(config: Config) -> list[str]:
     name, resume = config.run.name, config.checkpoint.resume
     if name is not None and (not name.strip() or name in (".", "..") or set(name) & set("/\\\0\n")):
         mistakes.append(f"run.name={name!r} is not allowed; it names one folder in run.dir, so no slash and not empty")
+    if config.sync.compress != "none" and config.sync.mode != "ddp":
+        mistakes.append(
+            f"sync.compress={config.sync.compress} is not allowed with sync.mode={config.sync.mode}; it takes none there,"
+            " since only ddp sends a gradient that may be rounded"
+        )
     folders = {"data.root": Path(config.data.root)}
     if is_main():  # whose host holds the run
         folders["run.dir"] = Path(config.run.dir)

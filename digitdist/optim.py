@@ -23,10 +23,10 @@ def build(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     else:
         kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
         options |= {"betas": (config.beta1, config.beta2)}
-    return _unwrapped(kind)(model.parameters(), **options)
+    return unwrapped(kind)(model.parameters(), **options)
 
 
-def _unwrapped(kind: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
+def unwrapped(kind: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
     """An optimizer class with the methods as torch wrote them.
 
     The wrappers that torch puts around them only shield them from its compiler, and import it for that: 1 s before the

@@ -1,11 +1,12 @@
 """The ways in which ranks agree on the gradient of a global batch.
 
-Both leave in ``.grad`` of every parameter, on every rank, the gradient of the mean loss over the whole global batch, and
-return what was agreed on the way: the loss, and whether a rank was asked to stop. These travel with the gradients, so
-that a step has no collective of its own for them.
-
 * `Ddp`: DistributedDataParallel, as Accelerate prepares it.
 * `Exact`: fixed shards, their gradients summed in one fixed binary tree: the same bits for any world size.
+* `Local`: each rank goes by its own gradients, and all meet every so many steps.
+
+The first two leave in ``.grad`` of every parameter, on every rank, the gradient of the mean loss over the whole global
+batch. Where ranks meet, they also learn the loss, and whether one was asked to stop: these travel with the rest, so that a
+step has no collective of its own for them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.distributed as dist
@@ -25,18 +26,24 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
-from digitdist.checkpoint import weights_sha256
-from digitdist.config import AugmentConfig, Config, UserError
+from digitdist import optim
+from digitdist.checkpoint import Tensors, weights_sha256
+from digitdist.config import AugmentConfig, Config, SyncConfig, UserError
 from digitdist.data import SPECS, Batch, Sharding, Spec, augment, key_of, normalise
 from digitdist.runtime import Fault
 
+if TYPE_CHECKING:
+    from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
+
+POWER_MEMORY = ("error", "p_memory", "q_memory")  # what a PowerSGDState keeps, as NAME_dict: number of a bucket to tensor
 Enter = Callable[..., None]  # told each phase of a step as it begins, with the time where that was earlier
 
 
 @dataclass(frozen=True)
 class Agreed:
-    """What every rank knows after a step's gradients have met: mean loss of the global batch, ranks asked to stop."""
+    """What every rank knows after a meeting: the mean loss of the images since the last one, ranks asked to stop."""
 
     loss: float
     stops: float
@@ -44,11 +51,25 @@ class Agreed:
 
 class GradientSync(Protocol):
     sharding: Sharding
-    own_losses: list[Tensor]  # of this rank's parts of the last step
+    own_losses: list[Tensor]  # of this rank's parts since the last meeting
 
-    def gradients(self, batch: Batch, count: int, step: int, stop: bool) -> Agreed: ...
+    @property
+    def under_way(self) -> bool:
+        """Whether ranks exchange in the background, so that their weights differ."""
 
-    def agree_on_buffers(self, modules: Sequence[nn.Module]) -> None: ...
+    def gradients(self, batch: Batch, count: int, step: int, stop: bool) -> Agreed | None:
+        """What was agreed on; None where the ranks go on by themselves, until `end_round`."""
+
+    def end_round(self, networks: Sequence[nn.Module], step: int, together: bool) -> Agreed | None: ...
+
+    def settle(self, step: int) -> None: ...
+
+    def agree_on_buffers(self, networks: Sequence[nn.Module]) -> None: ...
+
+    def state(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensors]:
+        """What a checkpoint needs beside weights and the main rank's optimizer: groups of tensors. Collective."""
+
+    def restore(self, stored: dict[str, Tensors], optimizer: torch.optim.Optimizer) -> None: ...
 
 
 class Objective(nn.Module):
@@ -89,22 +110,37 @@ def seed_generators(seed: int, device: torch.device) -> None:
         torch.get_device_module(device).manual_seed(seed)
 
 
-class Ddp:
+class EveryStep:
+    """What the ways have in common in which ranks meet in every step."""
+
+    under_way = False
+
+    def end_round(self, networks: Sequence[nn.Module], step: int, together: bool) -> Agreed:
+        raise AssertionError("there are no rounds")
+
+    def settle(self, step: int) -> None:
+        """Nothing to do: every step waits for all ranks."""
+
+
+class Ddp(EveryStep):
     """DistributedDataParallel, and plain backward on one process."""
 
-    def __init__(self, accelerator: Accelerator, objective: Objective, accumulate: int, enter: Enter):
+    def __init__(self, accelerator: Accelerator, objective: Objective, accumulate: int, compress: str, enter: Enter):
         self.accelerator, self.enter = accelerator, enter
-        self.world_size = accelerator.num_processes
-        self.sharding = Sharding.of(accumulate * self.world_size, accelerator.process_index, self.world_size)
+        self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
+        self.sharding = Sharding.of(accumulate * self.world_size, self.rank, self.world_size)
         self.own_losses: list[Tensor] = []
         self.signal = objective.signal
+        self.compressed = self.world_size > 1 and compress != "none"
+        self.signal.requires_grad_(not self.compressed)  # a compressed loss would be a rounded one
         # From when the last gradient is there, backward only waits for the other ranks. (On a GPU the host cannot see that.)
         self.ready: float | None = None
         if self.world_size > 1 and accelerator.device.type == "cpu":
-            for parameter in objective.parameters():
+            for parameter in (p for p in objective.parameters() if p.requires_grad):
                 parameter.register_post_accumulate_grad_hook(self._note_ready)
         # On one process it would only import much.
         self.wrapped = accelerator.prepare_model(objective) if self.world_size > 1 else objective
+        self.power = _register_compression(self.wrapped, compress) if self.compressed else None
         self._settle_buckets(accelerator.device)
 
     def gradients(self, batch: Batch, count: int, step: int, stop: bool) -> Agreed:
@@ -114,7 +150,7 @@ class Ddp:
         `count`, times the world size, since DistributedDataParallel averages over ranks; parts may thus be unequal.
         """
         images, labels, _ = batch
-        self.signal.grad, self.own_losses = None, []
+        self.signal.grad, self.own_losses, meeting = None, [], None
         parts = list(self.sharding.slices(count))
         for part, place in parts:
             last = part == parts[-1][0]
@@ -122,15 +158,21 @@ class Ddp:
                 self.enter("forward")
                 with self.accelerator.autocast():
                     loss = self.wrapped(images[place], labels[place], step, part, self.world_size / count, float(stop and last))
+                self.own_losses.append(loss.detach())
+                if last and self.compressed:
+                    mean = torch.stack(self.own_losses).sum() / self.world_size
+                    carried = torch.stack([mean, mean.new_tensor(float(stop))])
+                    meeting = dist.all_reduce(carried, async_op=True)
                 self.enter("backward")
                 self.accelerator.backward(loss)
-            self.own_losses.append(loss.detach())
         _await_device(self.accelerator.device)
         self.enter("sync", self.ready)
-        carried = self.signal.grad
-        assert carried is not None
+        if meeting is not None:
+            meeting.wait()
+            return Agreed(*carried.tolist())
+        assert self.signal.grad is not None
         scaler = self.accelerator.scaler
-        total, stops = (carried * (self.world_size / (scaler.get_scale() if scaler else 1.0))).tolist()
+        total, stops = (self.signal.grad * (self.world_size / (scaler.get_scale() if scaler else 1.0))).tolist()
         return Agreed(total / count, stops)
 
     def _note_ready(self, parameter: Tensor) -> None:
@@ -147,17 +189,34 @@ class Ddp:
             self.wrapped(images.to(device), labels.to(device), 0, 0, 0.0, 0.0).backward()
             self.wrapped.zero_grad()
 
-    def agree_on_buffers(self, modules: Sequence[nn.Module]) -> None:
+    def agree_on_buffers(self, networks: Sequence[nn.Module]) -> None:
         """Sends rank 0's buffers to all, as DistributedDataParallel would before each forward. Collective.
 
         BatchNorm's running statistics do not enter training, so that it is enough to do it before they are used.
         """
         if self.world_size > 1:
-            for buffer in (buffer for module in modules for buffer in module.buffers()):
+            for buffer in (buffer for network in networks for buffer in network.buffers()):
                 dist.broadcast(buffer, src=0)
 
+    def state(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensors]:
+        """What PowerSGD remembers of the gradients that it has rounded, which is each rank's own. Collective."""
+        if self.power is None:
+            return {}
+        own = {f"{name}.{n}": t for name in POWER_MEMORY for n, t in getattr(self.power, f"{name}_dict").items()}
+        return _of_all_ranks("powersgd", own | {"iter": torch.tensor(self.power.iter)})
 
-class Exact:
+    def restore(self, stored: dict[str, Tensors], optimizer: torch.optim.Optimizer) -> None:
+        """Takes back what `state` gave; on another world size PowerSGD starts without memories."""
+        own = _of_this_rank("powersgd", stored, self.rank, self.world_size)
+        if self.power is None or own is None:
+            return
+        self.power.iter = int(own.pop("iter"))
+        for key, value in own.items():
+            name, _, number = key.partition(".")
+            getattr(self.power, f"{name}_dict")[int(number)] = value
+
+
+class Exact(EveryStep):
     """Gradients with the same bits for any world size up to the number of shards.
 
     A global batch is cut into `shards * accumulate` fixed parts, the leaves of one fixed binary tree. A rank runs a
@@ -205,8 +264,14 @@ class Exact:
             at += parameter.numel()
         return Agreed(float(vector[-1]) / count, stops)
 
-    def agree_on_buffers(self, modules: Sequence[nn.Module]) -> None:
+    def agree_on_buffers(self, networks: Sequence[nn.Module]) -> None:
         """Nothing to do: every rank has folded the same statistics."""
+
+    def state(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensors]:
+        return {}
+
+    def restore(self, stored: dict[str, Tensors], optimizer: torch.optim.Optimizer) -> None:
+        """Nothing to do: all that is remembered is in the model and the optimizer."""
 
     def _meet(self, tree: Tree, rows: list[Tensor], stop: float, leaves: int) -> tuple[Tensor, list[Tensor], float]:
         """The root of the tree, the statistics of all `leaves` in their order, the sum of all `stop`. Collective.
@@ -253,6 +318,144 @@ class Exact:
         for leaf in self._leaves_of(rank, leaves):
             tree.add(leaf, 1, torch.empty(0))
         return [(start, size) for start, size, _ in tree.nodes]
+
+
+@dataclass
+class Exchange:
+    """What a rank has sent at the end of a round, until the sum over all ranks is taken in."""
+
+    message: Tensor  # per weight the common one - this rank's, then the other tensors, the loss and the request to stop
+    targets: list[Tensor]  # this rank's weights, then the other tensors
+    sent: list[Tensor]  # what the targets were
+    losses: list[Tensor]
+    images: int
+    work: dist.Work | None
+
+
+class Local:
+    """Rounds of steps that each rank takes by itself; where a round ends, the ranks meet (DiLoCo: Douillard et al., 2023).
+
+    In a round, a rank goes by the mean gradient of its own share of each global batch. Then all take one outer step from the
+    common weights: SGD with Nesterov momentum, whose gradient is the mean over ranks of (common weights - a rank's weights).
+    Rate 1 without momentum is plain averaging. Buffers are averaged.
+
+    With `sync.overlap` (Streaming DiLoCo: Douillard et al., 2025, of which this is the case of one fragment) a rank goes on
+    while the differences are on their way, and takes them in at the end of the next round: its weights are then the common
+    ones plus what it has done meanwhile.
+    """
+
+    def __init__(self, accelerator: Accelerator, objective: Objective, accumulate: int, config: SyncConfig, enter: Enter):
+        self.accelerator, self.objective, self.enter = accelerator, objective, enter
+        self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
+        self.sharding = Sharding.of(accumulate * self.world_size, self.rank, self.world_size)
+        self.own_losses: list[Tensor] = []
+        self.parameters = list(objective.model.parameters())
+        self.common = [p.detach().clone() for p in self.parameters]
+        momentum = config.outer_momentum
+        self.outer = optim.unwrapped(torch.optim.SGD)(self.common, config.outer_lr, momentum, nesterov=momentum > 0)
+        self.images, self.stop = 0, False  # of all ranks in this round; whether this rank was asked to stop
+        self.overlap = config.overlap
+        self.exchange: Exchange | None = None
+
+    @property
+    def under_way(self) -> bool:
+        return self.exchange is not None
+
+    def gradients(self, batch: Batch, count: int, step: int, stop: bool) -> None:
+        """The gradient of the mean loss over `batch`, this rank's share of `count` images; zeros for an empty one."""
+        pixels, labels = normalise(batch[0], self.objective.spec), batch[1]
+        for part, place in self.sharding.slices(count):
+            self.enter("forward")
+            with self.accelerator.autocast():
+                total = self.objective.total(pixels[place], labels[place], step, part)
+            self.enter("backward")
+            self.accelerator.backward(total / max(1, len(labels)))
+            self.own_losses.append(total.detach())
+        self.images, self.stop = self.images + count, stop
+
+    def end_round(self, networks: Sequence[nn.Module], step: int, together: bool) -> Agreed | None:
+        """Exchanges this round's differences. Collective: every rank must call it.
+
+        What is agreed on is the mean loss over all images of a round, this one or, with `sync.overlap`, the one before; None
+        where that has none. `together` has this one taken in at once, so that all ranks have equal weights. `networks` are the
+        model and, if there is one, its moving average, which is averaged like a buffer.
+
+        Raises:
+            Fault: a loss is not finite; no rank has taken in the weights that it made.
+        """
+        self.enter("sync")
+        agreed = self._take_in(step)
+        self._send(networks)
+        if together or not self.overlap:
+            now = self._take_in(step)
+            assert now is not None
+            agreed = Agreed(now.loss, now.stops + (agreed.stops if agreed else 0.0))
+        return agreed
+
+    def settle(self, step: int) -> None:
+        """Takes in what is under way, so that all ranks have equal weights. Collective: every rank must call it."""
+        self._take_in(step)
+
+    @torch.no_grad()
+    def _send(self, networks: Sequence[nn.Module]) -> None:
+        others = [t for t in networks[0].buffers() if t.is_floating_point()]
+        others += [t for network in networks[1:] for t in network.state_dict().values() if t.is_floating_point()]
+        loss = torch.stack(self.own_losses).sum()
+        differences = [common - own for common, own in zip(self.common, self.parameters, strict=True)]
+        told = torch.stack([loss, loss.new_tensor(float(self.stop))])
+        message = torch.cat([t.flatten() for t in (*differences, *others, told)])
+        work = dist.all_reduce(message, async_op=True) if self.world_size > 1 else None
+        targets = [*self.parameters, *others]
+        self.exchange = Exchange(message, targets, [t.clone() for t in targets], self.own_losses, self.images, work)
+        self.own_losses, self.images = [], 0
+
+    @torch.no_grad()
+    def _take_in(self, step: int) -> Agreed | None:
+        exchange, self.exchange = self.exchange, None
+        if exchange is None:
+            return None
+        if exchange.work:
+            exchange.work.wait()
+        total, stops = exchange.message[-2:].tolist()
+        agreed = Agreed(total / exchange.images, stops)
+        check_finite(agreed, exchange.losses, step)
+        pieces = (exchange.message[:-2] / self.world_size).split([t.numel() for t in exchange.targets])
+        means = [piece.view(t.shape) for piece, t in zip(pieces, exchange.targets, strict=True)]
+        for common, difference in zip(self.common, means, strict=False):
+            common.grad = difference
+        self.outer.step()
+        agreed_on = [*self.common, *means[len(self.common) :]]
+        for target, value, sent in zip(exchange.targets, agreed_on, exchange.sent, strict=True):
+            target.copy_(value + (target - sent))
+        return agreed
+
+    def agree_on_buffers(self, networks: Sequence[nn.Module]) -> None:
+        """Nothing to do: what is under way is taken in before they are needed."""
+
+    def state(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensors]:
+        """The outer momentum, and the optimizer of each rank, which are as different as what they have seen. Collective."""
+        return {"outer": optim.state_tensors(self.outer)} | _of_all_ranks("optimizer", optim.state_tensors(optimizer))
+
+    def restore(self, stored: dict[str, Tensors], optimizer: torch.optim.Optimizer) -> None:
+        """Takes back what `state` gave; on another world size every rank goes on with the main rank's optimizer."""
+        for common, own in zip(self.common, self.parameters, strict=True):
+            common.copy_(own.detach())
+        optim.load_state_tensors(self.outer, stored.get("outer", {}))
+        theirs = _of_this_rank("optimizer", stored, self.rank, self.world_size)
+        if theirs is not None:
+            optim.load_state_tensors(optimizer, theirs)
+
+
+def _of_all_ranks(name: str, own: Tensors) -> dict[str, Tensors]:
+    """What each rank has of its own, as groups of a checkpoint. Collective: every rank must call it."""
+    gathered = gather_object([{key: tensor.cpu() for key, tensor in own.items()}])
+    return {f"{name}-rank-{rank}": theirs for rank, theirs in enumerate(gathered)}
+
+
+def _of_this_rank(name: str, stored: dict[str, Tensors], rank: int, world_size: int) -> Tensors | None:
+    """This rank's group of those that `_of_all_ranks` gave, where there were as many ranks as now."""
+    groups = [group for group in stored if group.startswith(f"{name}-rank-")]
+    return dict(stored[f"{name}-rank-{rank}"]) if len(groups) == world_size else None
 
 
 class Tree:
@@ -323,7 +526,27 @@ def build(config: Config, accelerator: Accelerator, model: nn.Module, enter: Ent
     objective.to(accelerator.device)
     if config.sync.mode == "exact":
         return Exact(accelerator, objective, config.sync.shards * config.train.accumulate, enter)
-    return Ddp(accelerator, objective, config.train.accumulate, enter)
+    if config.sync.mode == "local":
+        return Local(accelerator, objective, config.train.accumulate, config.sync, enter)
+    return Ddp(accelerator, objective, config.train.accumulate, config.sync.compress, enter)
+
+
+def _register_compression(wrapped: nn.Module, compress: str) -> PowerSGDState | None:
+    """Has DistributedDataParallel send gradients in PyTorch's own compressed ways; the state of PowerSGD where it has one.
+
+    PowerSGD (Vogels et al., 2019) sends a matrix as the product of two of rank 2, and adds what that has lost to the next
+    gradient. Its first steps are sent whole.
+    """
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+
+    assert isinstance(wrapped, DistributedDataParallel)
+    if compress == "powersgd":
+        power = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=2, start_powerSGD_iter=10)
+        wrapped.register_comm_hook(power, powerSGD_hook.powerSGD_hook)
+        return power
+    hooks = {"bf16": default_hooks.bf16_compress_hook, "fp16": default_hooks.fp16_compress_hook}
+    wrapped.register_comm_hook(None, hooks[compress])
+    return None
 
 
 def _await_device(device: torch.device) -> None:

@@ -73,12 +73,14 @@ class Trainer:
         self.sync = sync.build(config, accelerator, self.model, self.heartbeat.enter)
         self.stepper = accelerator.prepare_optimizer(self.optimizer)  # scales and unscales under fp16
 
+        self.evaluate_every = config.train.eval_every * self.order.steps_per_epoch  # steps
         self.step = 0
         self.train_seconds = 0.0
         self.best: dict[str, Any] | None = None  # step and accuracy of the best evaluation on held-out images
         self.result: evaluate.Evaluation | None = None  # on the test images, of the last evaluation
         if run.stored:
             self._restore(run.stored)
+        self.met = self.step  # the step after which the ranks last met
         self.logged = (self.order.images_seen(self.step), self.train_seconds)  # images and seconds at the last line
         self.gradient_norm = math.nan  # of the last step that has a line
         self.lagging: list[int | None] = [None]  # the rank that lagged at each line
@@ -111,31 +113,40 @@ class Trainer:
             for batch in self.order.epoch_loader(self.splits.train, self.step, self.sync.sharding):
                 agreed = self.train_step(batch)
                 self.train_seconds += time.perf_counter() - mark
-
-                done = self.step == self.last_step
-                if self._has_line(self.step):
-                    self.log(agreed)
-                improved = False
-                if done or self._every(self.config.train.eval_every * self.order.steps_per_epoch):
-                    improved = self.score()
-                stop = agreed.stops > 0 and not done
-                if done or stop or improved or self._every(self.config.checkpoint.every_steps):
-                    self.save(last=done or stop)
-                if stop:
-                    self._leave()
+                if agreed:
+                    self.after_meeting(agreed)
                 mark = time.perf_counter()
-                if done:
+                if self.step == self.last_step:
                     break
                 self.heartbeat.enter("data")
         self.finish()
 
-    def train_step(self, batch: sync.Batch) -> sync.Agreed:
-        """One update by the gradient of a whole global batch, of which `batch` is this rank's share. Collective."""
+    def after_meeting(self, agreed: sync.Agreed) -> None:
+        """What is due since the last meeting: a line, an evaluation, a checkpoint, the end. Collective."""
+        done = self.step == self.last_step
+        if self._has_line(self.step):
+            self.log(agreed)
+        improved = False
+        if done or self._due(self.evaluate_every):
+            improved = self.score()
+        stop = agreed.stops > 0 and not done
+        if stop:
+            self.sync.settle(self.step)
+        if done or stop or improved or self._due(self.config.checkpoint.every_steps):
+            self.save(last=done or stop)
+        self.met = self.step
+        if stop:
+            self._leave()
+
+    def train_step(self, batch: sync.Batch) -> sync.Agreed | None:
+        """One update, by this rank's share of a global batch. What was agreed on where the ranks met, as they do in every
+        step but in local mode. Collective."""
         self.heartbeat.step = self.step + 1
         config = self.config.optim
         count = self.order.batch_count(self.step)
         agreed = self.sync.gradients(batch, count, self.step, self.stop.wanted(self.run.stop_file))
-        sync.check_finite(agreed, self.sync.own_losses, self.step + 1)
+        if agreed:
+            sync.check_finite(agreed, self.sync.own_losses, self.step + 1)
         self.heartbeat.enter("update")
         if self.accelerator.is_main_process and self._has_line(self.step + 1):
             scale = self.accelerator.scaler.get_scale() if self.accelerator.scaler else 1.0
@@ -148,7 +159,9 @@ class Trainer:
         if self.ema:
             self.ema.update_parameters(self.model)
         self.step += 1
-        if self.config.sync.check_every and self._every(self.config.sync.check_every):
+        if agreed is None and (self._is_common() or self.step % self.config.sync.every == 0):
+            agreed = self.sync.end_round(self._networks(), self.step, self._is_common())
+        if agreed and not self.sync.under_way and self._due(self.config.sync.check_every):
             self.heartbeat.enter("sync")
             self._check_equal()
         if self.profiler:
@@ -216,7 +229,8 @@ class Trainer:
         self.heartbeat.enter("save")
         if not all(bool(t.isfinite().all()) for t in self.model.state_dict().values()):
             raise Fault(f"a weight is not finite after step {self.step}; no checkpoint has seen it")
-        failure = self._write_checkpoint() if self.accelerator.is_main_process else None
+        of_sync = self.sync.state(self.optimizer)
+        failure = self._write_checkpoint(of_sync) if self.accelerator.is_main_process else None
         if last:
             failure = runtime.on_main(self.accelerator, lambda: failure)
             if failure:
@@ -283,10 +297,16 @@ class Trainer:
         return self.run.checkpoints / checkpoint.folder_name(self.step) / f"{name}.safetensors"
 
     def _has_line(self, step: int) -> bool:
-        return step == self.last_step or step % self.config.train.log_every == 0
+        return step == self.last_step or step // self.config.train.log_every > self.met // self.config.train.log_every
 
-    def _every(self, steps: int) -> bool:
-        return steps > 0 and self.step % steps == 0
+    def _due(self, every: int) -> bool:
+        """True where a multiple of `every` steps has been reached since the ranks last met; never for 0."""
+        return every > 0 and self.step // every > self.met // every
+
+    def _is_common(self) -> bool:
+        """True where the weights of all ranks are evaluated or saved, and so must be equal."""
+        every = (self.evaluate_every, self.config.checkpoint.every_steps)
+        return self.step == self.last_step or any(steps and self.step % steps == 0 for steps in every)
 
     def _networks(self) -> list[nn.Module]:
         return [self.model, self.judged] if self.ema else [self.model]
@@ -301,13 +321,13 @@ class Trainer:
             tensors |= dict(self.model.named_buffers())
         sync.check_equal(tensors, self.step)
 
-    def _write_checkpoint(self) -> str | None:
+    def _write_checkpoint(self, of_sync: dict[str, checkpoint.Tensors]) -> str | None:
         """Writes a checkpoint; returns why it could not, if so."""
         best = checkpoint.folder_name(self.best["step"]) if self.best else None
         try:
             checkpoint.write(
                 self.run.checkpoints,
-                self._checkpoint(),
+                self._checkpoint(of_sync),
                 self.config.checkpoint.keep,
                 best,
                 on_file=lambda: self.heartbeat.enter("save"),
@@ -316,8 +336,8 @@ class Trainer:
             return str(error)
         return None
 
-    def _checkpoint(self) -> Checkpoint:
-        tensors = {"model": self.model.state_dict(), "optimizer": optim.state_tensors(self.optimizer)}
+    def _checkpoint(self, of_sync: dict[str, checkpoint.Tensors]) -> Checkpoint:
+        tensors = {"model": self.model.state_dict(), "optimizer": optim.state_tensors(self.optimizer)} | of_sync
         if self.ema:
             tensors["ema"] = self.ema.module.state_dict()
         state = {
@@ -336,6 +356,7 @@ class Trainer:
     def _restore(self, stored: Checkpoint) -> None:
         self.model.load_state_dict(stored.tensors["model"])
         optim.load_state_tensors(self.optimizer, stored.tensors["optimizer"])
+        self.sync.restore(stored.tensors, self.optimizer)
         if self.ema:
             self.ema.module.load_state_dict(stored.tensors["ema"])
             self.ema.n_averaged.fill_(stored.step)

@@ -1,4 +1,4 @@
-"""Run on every rank of a world by test_worlds.py: the gradient claim of test_sync.py, on the same cases everywhere."""
+"""Run on every rank of a world by test_worlds.py: the claims of test_sync.py on gradients and rounds."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 import torch
 from accelerate import Accelerator
-from test_sync import check_against_reference
+from test_sync import check_against_reference, check_rounds
 
 from digitdist.config import load
 from digitdist.data import load_splits
@@ -20,6 +20,7 @@ for case in range(12):
     batch, accumulate = cases.choice([1, 2, 3, 7, 24, 50, 61]), cases.randint(1, 4)
     shards = cases.randint(accelerator.num_processes, 9)
     check_against_reference(accelerator, splits, ("ddp", "exact")[case % 2], batch, accumulate, shards)
+check_rounds(accelerator, splits)
 if accelerator.is_main_process:
-    print(f"world size {accelerator.num_processes}: all gradients as in the reference")
+    print(f"world size {accelerator.num_processes}: all gradients and rounds as in the reference")
 accelerator.end_training()

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,12 +52,7 @@ class Host:
 
     def kill(self) -> None:
         """Ends every process of this host, at once."""
-        listed = subprocess.run(["ip", "netns", "pids", self.namespace], capture_output=True, text=True, check=True)
-        for pid in listed.stdout.split():
-            try:
-                os.kill(int(pid), signal.SIGKILL)
-            except ProcessLookupError:
-                continue  # it ended meanwhile
+        kill_all(self.namespace)
 
     def cut(self) -> None:
         """Cuts its link to all others."""
@@ -78,6 +73,13 @@ class Host:
         return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
+def kill_all(namespace: str) -> None:
+    listed = subprocess.run(["ip", "netns", "pids", namespace], capture_output=True, text=True, check=True)
+    for pid in listed.stdout.split():
+        with suppress(ProcessLookupError):  # it ended meanwhile
+            os.kill(int(pid), signal.SIGKILL)
+
+
 def ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
 
@@ -89,6 +91,9 @@ def network(folders: Sequence[Path]) -> Iterator[list[Host]]:
     names = folders[0].parent / "hosts"
     lines = [f"10.77.0.{n + 1} h{n}" for n in range(len(folders))]
     names.write_text("\n".join(["127.0.0.1 localhost", *lines]) + "\n")
+    for left in Path("/run/netns").glob("dd-*"):  # of a test that was killed
+        kill_all(left.name)
+        ip("netns", "delete", left.name)
     ip("netns", "add", "dd-switch")
     try:
         ip("-n", "dd-switch", "link", "add", "bridge", "type", "bridge")

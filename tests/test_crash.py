@@ -234,9 +234,20 @@ def test_a_failing_write_does_not_end_the_run_but_a_failing_last_one_does(place:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size", [1, 3])
-def test_in_ddp_too_stopping_and_going_on_changes_no_bit(place: Path, tmp_path_factory, world_size: int):
-    arguments = (*TRAIN, "model.name=cnn_batchnorm", "optim.ema=0.9", "checkpoint.every_steps=0")
+@pytest.mark.parametrize(
+    ("world_size", "options"),
+    [
+        (1, ("checkpoint.every_steps=0",)),
+        (3, ("checkpoint.every_steps=0",)),
+        (2, ("checkpoint.every_steps=0", "sync.compress=powersgd")),
+        (2, ("checkpoint.every_steps=17", "sync.mode=local", "sync.every=10")),
+        (2, ("checkpoint.every_steps=17", "sync.mode=local", "sync.every=5", "sync.overlap=true")),
+    ],
+)
+def test_in_other_modes_too_stopping_and_going_on_changes_no_bit(
+    place: Path, tmp_path_factory, world_size: int, options: tuple[str, ...]
+):
+    arguments = (*TRAIN, "model.name=cnn_batchnorm", "optim.ema=0.9", *options)
     other = tmp_path_factory.mktemp("other")
     (other / "data").symlink_to((place / "data").resolve())
     assert torchrun(world_size, *arguments, "train.max_steps=45", cwd=other).code == 0

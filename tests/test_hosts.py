@@ -47,7 +47,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory, mnist_root: Path) -> P
     place = tmp_path_factory.mktemp("one")
     (place / "data").symlink_to(mnist_root)
     for options in (SHORT, (*LONG, "run.name=long")):
-        assert python("-m", "digitdist.train", *options, cwd=place).code == 0
+        assert python("-m", "digitdist.train", *options, cwd=place, timeout=250).code == 0
     return place / "runs"
 
 

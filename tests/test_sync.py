@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import torch
 from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
 from digitdist import models, sync
 from digitdist.config import load
-from digitdist.data import SPECS, Splits, cut, normalise
+from digitdist.data import SPECS, Sharding, Splits, cut, normalise
 from digitdist.sync import Tree
 
 
@@ -49,6 +51,49 @@ def check_against_reference(accelerator: Accelerator, splits: Splits, mode: str,
         loss = torch.nn.functional.cross_entropy(model(normalise(whole[0], SPECS["mnist"])), whole[1])
     assert abs(agreed.loss - loss.item()) < 1e-5
     assert agreed.stops == 0
+
+
+def check_rounds(accelerator: Accelerator, splits: Splits) -> None:
+    """Asserts that two rounds of three steps end as they do where one process goes through all ranks' steps. Collective."""
+    options = ["sync.mode=local", "sync.outer_lr=0.7", "sync.outer_momentum=0.9", "model.name=cnn_batchnorm"]
+    config, world_size = load((), options), accelerator.num_processes
+    model, ours = models.build(config.model, 0), models.build(config.model, 0).train()
+    how = sync.build(config, accelerator, model, lambda *_: None)
+    inner = torch.optim.SGD(model.parameters(), 0.1)
+    momenta = [torch.zeros_like(p) for p in ours.parameters()]
+    for first in (0, 3):
+        local = [copy.deepcopy(ours) for _ in range(world_size)]
+        losses = []
+        for step in range(first, first + 3):
+            places = torch.arange(step * 47, step * 47 + 47)
+            assert how.gradients(share(splits, places, how), 47, step, stop=step == 5) is None
+            inner.step()
+            inner.zero_grad()
+            for rank, network in enumerate(local):
+                start, stop = Sharding.of(world_size, rank, world_size).share(47)
+                images, labels, _ = splits.train.__getitems__(places[start:stop])
+                total = F.cross_entropy(network(normalise(images, SPECS["mnist"])), labels, reduction="sum")
+                gradients = torch.autograd.grad(total / len(labels), list(network.parameters()))
+                losses.append(total.item())
+                with torch.no_grad():
+                    for parameter, gradient in zip(network.parameters(), gradients, strict=True):
+                        parameter -= 0.1 * gradient
+        agreed = how.end_round([model], first + 3, together=False)
+        assert abs(agreed.loss - sum(losses) / (3 * 47)) < 1e-5
+        assert agreed.stops == (world_size if first else 0)
+        with torch.no_grad():
+            for number, parameter in enumerate(ours.parameters()):
+                now = torch.stack([list(network.parameters())[number] for network in local]).mean(0)
+                momenta[number] = 0.9 * momenta[number] + parameter - now
+                parameter -= 0.7 * (parameter - now + 0.9 * momenta[number])  # Nesterov, as in torch.optim.SGD
+            for number, buffer in enumerate(ours.buffers()):
+                buffer.copy_(torch.stack([list(network.buffers())[number].float() for network in local]).mean(0))
+    for (name, theirs), mine in zip(ours.state_dict().items(), model.state_dict().values(), strict=True):
+        assert torch.allclose(mine.float(), theirs.float(), atol=1e-5, rtol=0), name
+
+
+def test_a_local_round_ends_in_one_outer_step_on_the_mean_of_all_ranks(accelerator: Accelerator, splits: Splits):
+    check_rounds(accelerator, splits)
 
 
 @settings(max_examples=12, deadline=None)

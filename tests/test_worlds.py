@@ -41,10 +41,10 @@ def test_torchrun_makes_one_run_of_three_processes_and_evaluates_on_two(place: P
 
 
 @pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)])
-def test_the_gradient_is_that_of_the_mean_loss(mnist_root: Path, world_size: int):
+def test_gradients_and_rounds_are_those_of_the_reference(mnist_root: Path, world_size: int):
     done = torchrun(world_size, str(ROOT / "tests/gradient_worker.py"), str(mnist_root), cwd=ROOT / "tests")
     assert done.code == 0, done.err
-    assert "all gradients as in the reference" in done.out
+    assert "all gradients and rounds as in the reference" in done.out
 
 
 @pytest.mark.slow
@@ -160,3 +160,32 @@ def test_a_rank_that_lags_is_named(place: Path, mode: str):
     assert all(line["time/sync"] > 0.2 for line in lines)  # the main rank waits for the other: that is no work of its own
     assert all(line["time/sync"] > line["time/compute"] for line in lines)
     assert len(result(place / "runs/a")["peak_memory_mb"]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compress", ["bf16", "fp16", "powersgd"])
+def test_a_compressed_run_has_equal_ranks_an_exact_loss_and_nearly_the_accuracy(place: Path, compress: str):
+    options = ("data.batch_size=500", "train.epochs=1", "train.log_every=1", "sync.check_every=1")
+    for name, extra in (("plain", []), ("compressed", [f"sync.compress={compress}"])):
+        assert torchrun(2, *TRAIN, *options, *extra, f"run.name={name}", cwd=place).code == 0
+    plain, compressed = (place / "runs" / name for name in ("plain", "compressed"))
+    assert events(compressed)[0]["train/loss"] == pytest.approx(events(plain)[0]["train/loss"], rel=1e-6)
+    assert result(compressed)["weights_sha256"] != result(plain)["weights_sha256"]
+    assert result(compressed)["test_accuracy"] > result(plain)["test_accuracy"] - 0.04
+
+
+@pytest.mark.slow
+def test_in_local_mode_lines_evaluations_and_checkpoints_lie_where_the_ranks_meet(place: Path):
+    options = ("sync.mode=local", "sync.every=30", "train.log_every=20", "checkpoint.every_steps=50", "sync.check_every=1")
+    sizes = ("data.batch_size=600", "train.epochs=2", "optim.ema=0.9", "model.name=cnn_batchnorm")
+    assert torchrun(3, *TRAIN, *options, *sizes, "run.name=a", cwd=place).code == 0
+    lines = events(place / "runs/a")
+    assert [e["step"] for e in lines if "train/loss" in e] == [30, 50, 60, 90, 100, 120, 150, 180, 200]
+    assert [e["step"] for e in lines if "test/accuracy" in e] == [100, 200]
+    assert result(place / "runs/a")["test_accuracy"] > 0.9
+
+
+def test_compression_is_refused_where_no_gradient_is_sent(place: Path):
+    done = python(*TRAIN, "sync.mode=local", "sync.compress=bf16", cwd=place)
+    assert done.code == 2
+    assert "sync.compress=bf16 is not allowed with sync.mode=local" in done.errors[0]
