@@ -66,6 +66,9 @@ class Host:
         tbf = ("tbf", "rate", rate, "burst", "32kbit", "latency", "400ms")
         subprocess.run(["tc", "-n", self.namespace, "qdisc", "replace", "dev", "eth0", "root", *tbf], check=True)
 
+    def unshape(self) -> None:
+        subprocess.run(["tc", "-n", self.namespace, "qdisc", "delete", "dev", "eth0", "root"], check=True)
+
     def sent(self) -> int:
         """Bytes that it has sent so far."""
         counter = "/sys/class/net/eth0/statistics/tx_bytes"

@@ -172,9 +172,9 @@ def test_a_launcher_brings_a_killed_run_back(place: Path, unbroken: Path, launch
         path = {"PATH": f"{BIN}:{os.environ['PATH']}"}
         done = run([str(ROOT / "launch/elastic.sh"), "2", *EXACT[2:]], cwd=place, env=env | path, timeout=100)
     else:
-        where = ("--multi_gpu", "--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", "0")
         env |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-        done = accelerate(*where, *RESTARTS, *EXACT, cwd=place, env=env)
+        where = ("--config_file", str(ROOT / "launch/elastic.yaml"), "--max_restarts", "10")
+        done = accelerate(*where, *EXACT, cwd=place, env=env)
     assert done.code == 0, done.err
     assert "goes on from step 20" in done.out
     assert same_run(place / "runs/a", unbroken)
