@@ -370,10 +370,11 @@ def main() -> None:
         description="What a data set is: splits, counts, shapes, classes, mean and deviation, and a picture.",
         epilog="example: python -m digitdist.data data.name=mnist data.validation=5000 --plot samples.png",
     )
+    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="a YAML file; may be repeated")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration, such as data.root=data")
     parser.add_argument("--plot", metavar="FILE", help="write a picture of samples to FILE")
     arguments = parser.parse_args()
-    config: Config = load((), arguments.overrides)
+    config: Config = load(arguments.config, arguments.overrides)
     splits = load_splits(config.data, config.seed)
     print(_describe(config.data, splits))
     if arguments.plot:

@@ -591,6 +591,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         main()
     except UserError as error:
         _tell(f"error: {error}")
+        _end_the_launcher()
         _leave(EXIT_MISTAKE)
     except Stopped as stop:
         say(str(stop))
@@ -631,6 +632,12 @@ def _wait_for_the_launcher() -> None:
     """Leaves the word to a rank that may be slower than this one: the launcher ends all as soon as one has ended."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(TELL_GRACE_S)
+
+
+def _end_the_launcher() -> None:
+    """Has a launcher end that would start the workers again, which does not mend a mistake."""
+    if restart_count() < int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+        os.kill(os.getppid(), signal.SIGTERM)
 
 
 def _die_with_the_launcher() -> None:
