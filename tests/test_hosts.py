@@ -102,7 +102,7 @@ def test_accelerate_launch_with_the_two_hosts_file_gives_the_weights_of_one_proc
     assert hash_of(two[0].folder / "runs" / "x") == hash_of(one_process / "x")
 
 
-@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("named", [pytest.param(True, marks=pytest.mark.soak), False])
 def test_a_host_is_lost_and_given_back_and_the_run_goes_on_by_itself(two: list[Host], one_process: Path, named: bool):
     first, second = two
     options = [*LONG, "sync.timeout_s=20", *(["run.name=long"] if named else [])]

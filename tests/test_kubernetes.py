@@ -331,7 +331,12 @@ def test_two_pods_train_as_one_process_does(pods: Pods, unbroken: Path):
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
-    ("pods", "lost", "what"), [("job", 0, "pod"), ("job", 1, "pod"), ("trainjob", 1, "worker")], indirect=["pods"]
+    ("pods", "lost", "what"),
+    [
+        ("job", 0, "pod"),
+        *(pytest.param(*case, marks=pytest.mark.soak) for case in (("job", 1, "pod"), ("trainjob", 1, "worker"))),
+    ],
+    indirect=["pods"],
 )
 def test_a_pod_killed_midway_is_started_again_and_the_run_goes_on(pods: Pods, unbroken: Path, lost: int, what: str):
     pods.wait_for_step(12)
@@ -343,7 +348,9 @@ def test_a_pod_killed_midway_is_started_again_and_the_run_goes_on(pods: Pods, un
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize(("pods", "drained"), [("job", [1]), ("trainjob", [0, 1])], indirect=["pods"])
+@pytest.mark.parametrize(
+    ("pods", "drained"), [pytest.param("job", [1], marks=pytest.mark.soak), ("trainjob", [0, 1])], indirect=["pods"]
+)
 def test_sigterm_saves_within_the_grace_period_and_the_next_pods_go_on(pods: Pods, unbroken: Path, drained: list[int]):
     """To one pod or to all: all of them end, since each step takes every rank."""
     pods.wait_for_step(12)

@@ -23,6 +23,7 @@ EXACT = (*QUIET, *STEPS, "sync.mode=exact")
 
 pytestmark = pytest.mark.timeout(300)
 on_slurm = pytest.mark.cluster
+long = pytest.mark.soak  # what CI, which has 40 minutes, leaves out
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def starts(folder: Path) -> list[dict]:
 @pytest.mark.parametrize(
     ("shape", "world_size"),
     [
-        ("--nodes=2", 2),
+        pytest.param("--nodes=2", 2, marks=long),
         ("--nodes=2 --gpus-per-node=2", 4),
         ("--nodes=1 --ntasks-per-node=2", 2),
     ],
@@ -98,6 +99,7 @@ def first_after(folder: Path) -> str:
 
 
 @on_slurm
+@long
 def test_usr1_before_the_training_has_begun_loses_nothing(slurm, place, unbroken):
     job = slurm.sbatch("--nodes=2", SCRIPT, *EXACT, cwd=place)
     slurm.wait(job, lambda: f"{job}.0" in slurm.run("squeue", "--steps", "--noheader", "--format=%i"))
@@ -108,6 +110,7 @@ def test_usr1_before_the_training_has_begun_loses_nothing(slurm, place, unbroken
 
 
 @on_slurm
+@long
 def test_the_time_limit_only_interrupts(slurm, place):
     """Slurm looks at its limits, which are whole minutes, twice a minute, and signals up to a minute early."""
     arguments = (*EXACT, "train.epochs=100")
@@ -139,6 +142,7 @@ def test_a_lost_node_requeues_the_job(slurm, place, unbroken):
 
 
 @on_slurm
+@long
 def test_a_killed_process_comes_back_within_the_job(slurm, place, unbroken):
     job = slurm.sbatch("--nodes=2", SCRIPT, *EXACT, cwd=place, env={"DIGITDIST_FAULT": "kill rank=1 step=30 phase=backward"})
     assert slurm.finish(job) == "COMPLETED", slurm.output(job)
