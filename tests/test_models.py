@@ -36,6 +36,19 @@ def test_channel_dropout_drops_whole_channels():
     assert torch.equal(dropped, (seen[0] == 0).flatten(2).any(2))
 
 
+def test_a_convnet_is_as_wide_and_deep_as_its_channels():
+    model = models.build(ModelConfig("convnet", args={"channels": [8, 16, 24, 32], "pools": [2]}), seed=0)
+    shapes = [tuple(tensor.shape) for tensor in model.parameters() if tensor.dim() > 1]
+    assert shapes == [(8, 1, 4, 4), (16, 8, 3, 3), (24, 16, 3, 3), (32, 24, 3, 3), (10, 32 * 3 * 3)]
+
+
+def test_a_convnet_looks_at_the_middle_of_an_image():
+    model = models.build(ModelConfig("convnet"), seed=0).eval()
+    images = torch.randn(2, 1, 28, 28)
+    framed = torch.nn.functional.pad(images[:, :, 2:-2, 2:-2], (2, 2, 2, 2), value=5.0)
+    assert torch.equal(model(images), model(framed))
+
+
 @pytest.mark.parametrize("name", models.MODELS)
 def test_initial_weights_depend_on_the_seed_alone(name: str):
     first = models.build(ModelConfig(name), seed=3).state_dict()
@@ -58,6 +71,7 @@ def test_a_users_own_model_is_taken_with_its_arguments():
         (ModelConfig(target="Net"), "cannot be imported"),
         (ModelConfig(target="torch.nn.Nothing"), "cannot be imported"),
         (ModelConfig(args={"width": 3}), "width"),
+        (ModelConfig(name="convnet", args={"channels": [8] * 5, "pools": [0, 1, 2]}), "does not work"),
         (ModelConfig(target="torch.nn.Flatten"), r"\(2, 10\) are wanted"),
         (ModelConfig(target="torch.nn.Linear", args={"in_features": 3, "out_features": 10}), "does not work"),
     ],
