@@ -63,17 +63,18 @@ class CnnBatchNorm(nn.Module):
 class ConvNet(nn.Module):
     """The network of the recipes: convolutions of `channels`, each with BatchNorm and GELU, and a linear layer.
 
-    It looks at the middle 24×24 pixels, which hold all but the rims of a few digits. The first convolution is 4×4 with a
-    stride of 2, the others are 3×3, the last one without padding. A 2×2 maximum follows the convolutions numbered in
-    `pools`, before BatchNorm and GELU, which then have a quarter of the work.
+    It looks at the middle 24×24 pixels, which hold all but the rims of a few digits. The first convolution is
+    `stem`×`stem`, at a stride of 2 where that is even, the others are 3×3; the first and the last are without padding. A
+    2×2 maximum follows the convolutions numbered in `pools`, before BatchNorm and GELU, which then have a quarter of the
+    work.
     """
 
-    def __init__(self, channels: Sequence[int] = (16, 32, 48), pools: Sequence[int] = (1,)) -> None:
+    def __init__(self, channels: Sequence[int] = (16, 32, 48), pools: Sequence[int] = (1,), stem: int = 4) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         size, last = 24, len(channels) - 1
         for number, (before, width) in enumerate(itertools.pairwise((1, *channels))):
-            kernel, stride, padding = (3, 1, int(number < last)) if number else (4, 2, 0)
+            kernel, stride, padding = (3, 1, int(number < last)) if number else (stem, 2 - stem % 2, 0)
             layers.append(nn.Conv2d(before, width, kernel, stride, padding, bias=False))
             size = (size + 2 * padding - kernel) // stride + 1
             if number in pools:

@@ -8,8 +8,9 @@ from launching import python
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_the_recipes_are_measured_by_the_trainers_own_command(place: Path):
-    done = python("-m", "digitdist.bench", "--recipes", "--seeds", "1", "train.max_steps=2", cwd=place)
+    done = python("-m", "digitdist.bench", "--recipes", "--seeds", "1", "train.max_steps=2", cwd=place, timeout=250)
     assert done.code == 0, done.err
     fast, sharp = done.out.splitlines()
     for name, line in (("fast", fast), ("sharp", sharp)):

@@ -42,6 +42,12 @@ def test_a_convnet_is_as_wide_and_deep_as_its_channels():
     assert shapes == [(8, 1, 4, 4), (16, 8, 3, 3), (24, 16, 3, 3), (32, 24, 3, 3), (10, 32 * 3 * 3)]
 
 
+def test_a_convnet_with_an_odd_stem_keeps_the_resolution():
+    model = models.build(ModelConfig("convnet", args={"channels": [8, 16, 24], "pools": [0, 1], "stem": 3}), seed=0)
+    assert model.layers[0](torch.zeros(1, 1, 24, 24)).shape == (1, 8, 22, 22)
+    assert model.linear.in_features == 24 * 3 * 3
+
+
 def test_a_convnet_looks_at_the_middle_of_an_image():
     model = models.build(ModelConfig("convnet"), seed=0).eval()
     images = torch.randn(2, 1, 28, 28)
