@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from launching import ROOT
 
 from digitdist import models
-from digitdist.config import ModelConfig, UserError
+from digitdist.config import ModelConfig, UserError, load
 
 
 def test_cnn_is_the_seeds_network():
@@ -46,6 +47,11 @@ def test_a_convnet_with_an_odd_stem_keeps_the_resolution():
     model = models.build(ModelConfig("convnet", args={"channels": [8, 16, 24], "pools": [0, 1], "stem": 3}), seed=0)
     assert model.layers[0](torch.zeros(1, 1, 24, 24)).shape == (1, 8, 22, 22)
     assert model.linear.in_features == 24 * 3 * 3
+
+
+@pytest.mark.parametrize("recipe", ["fast", "sharp", "best"])
+def test_a_recipe_has_a_network_that_can_be_built(recipe: str):
+    assert isinstance(models.build(load([str(ROOT / f"configs/{recipe}.yaml")]).model, seed=0), models.ConvNet)
 
 
 def test_a_convnet_looks_at_the_middle_of_an_image():
