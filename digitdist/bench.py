@@ -1,27 +1,36 @@
 """Speed on this machine, measured in turn in one run: the trainer beside the plain way, and exact steps beside ddp ones.
 
 python -m digitdist.bench
+python -m digitdist.bench --recipes --seeds 20
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import json
+import math
 import multiprocessing
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 
 from digitdist import optim, runtime, sync, train
-from digitdist.config import Config, Parser, load
+from digitdist.config import Config, Parser, UserError, load
 from digitdist.data import Order
 from digitdist.models import build
+
+CONFIGS = Path(__file__).parent.parent / "configs"  # of a checkout
+RECIPES = ("fast", "sharp")
 
 
 def trainer_epoch(overrides: list[str]) -> float:
@@ -83,6 +92,45 @@ def in_turn(first: Callable[[], float], second: Callable[[], float], repeats: in
     return statistics.median(a for a, _ in rows), statistics.median(b for _, b in rows), words
 
 
+def measure_recipes(seeds: int, overrides: list[str]) -> None:
+    """Trains each of `RECIPES` with seeds 0 to seeds-1 by the trainer's own command, and prints what came out.
+
+    Without W&B and without the page of plots, whose seconds are no part of a training.
+
+    Raises:
+        UserError: there are no recipes beside the package.
+        Fault: a training has failed; it has told why.
+    """
+    for file in (CONFIGS / f"{name}.yaml" for name in RECIPES):
+        if not file.is_file():
+            raise UserError(f"--recipes: there is no {file}; the recipes are not installed, run it in a checkout")
+        accuracies, train_seconds, wall_seconds = zip(
+            *(run_recipe(file, seed, overrides) for seed in range(seeds)), strict=True
+        )
+        spread = 100 * statistics.stdev(accuracies) if seeds > 1 else math.nan
+        print(
+            f"{file.stem:6} test accuracy {100 * statistics.mean(accuracies):.3f} %, deviation {spread:.3f}, {seeds} seeds"
+            f" ({100 * min(accuracies):.2f} to {100 * max(accuracies):.2f});"
+            f" train_seconds {statistics.mean(train_seconds):.2f} ({min(train_seconds):.2f} to {max(train_seconds):.2f});"
+            f" the whole command {statistics.mean(wall_seconds):.1f} s",
+            flush=True,
+        )
+
+
+def run_recipe(file: Path, seed: int, overrides: list[str]) -> tuple[float, float, float]:
+    """Test accuracy, `train_seconds` and the whole command's seconds of one training, in a run folder that is removed."""
+    with tempfile.TemporaryDirectory() as folder:
+        fixed = [f"seed={seed}", f"run.dir={folder}", "run.name=recipe", "run.report=false", "tracking.wandb=disabled"]
+        command = [sys.executable, "-m", "digitdist.train", "--config", str(file), *overrides, *fixed]
+        start = time.perf_counter()
+        code = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
+        seconds = time.perf_counter() - start
+        if code:
+            raise runtime.Fault(f"{' '.join(command)} ended with exit code {code}")
+        result = json.loads((Path(folder) / "recipe/result.json").read_text())
+    return result["test_accuracy"], result["train_seconds"], seconds
+
+
 def main() -> None:
     parser = Parser(
         prog="python -m digitdist.bench",
@@ -91,7 +139,14 @@ def main() -> None:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration, such as data.root=data")
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="how often each is measured (default: 3)")
+    parser.add_argument("--recipes", action="store_true", help=f"measure the recipes {', '.join(RECIPES)} of configs/ instead")
+    parser.add_argument("--seeds", type=int, default=20, metavar="N", help="of --recipes: seeds 0 to N-1 (default: 20)")
     arguments = parser.parse_args()
+    if arguments.recipes:
+        if arguments.seeds < 1:
+            raise UserError(f"--seeds {arguments.seeds} is not allowed; it takes a whole number from 1 on")
+        measure_recipes(arguments.seeds, arguments.overrides)
+        return
     config = load((), arguments.overrides)
 
     def plain() -> float:  # in a process of its own, which nothing of the trainer has touched

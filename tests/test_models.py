@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from launching import ROOT
 
 from digitdist import models
-from digitdist.config import ModelConfig, UserError
+from digitdist.config import ModelConfig, UserError, load
 
 
 def test_cnn_is_the_seeds_network():
@@ -36,6 +37,30 @@ def test_channel_dropout_drops_whole_channels():
     assert torch.equal(dropped, (seen[0] == 0).flatten(2).any(2))
 
 
+def test_a_convnet_is_as_wide_and_deep_as_its_channels():
+    model = models.build(ModelConfig("convnet", args={"channels": [8, 16, 24, 32], "pools": [2]}), seed=0)
+    shapes = [tuple(tensor.shape) for tensor in model.parameters() if tensor.dim() > 1]
+    assert shapes == [(8, 1, 4, 4), (16, 8, 3, 3), (24, 16, 3, 3), (32, 24, 3, 3), (10, 32 * 3 * 3)]
+
+
+def test_a_convnet_with_an_odd_stem_keeps_the_resolution():
+    model = models.build(ModelConfig("convnet", args={"channels": [8, 16, 24], "pools": [0, 1], "stem": 3}), seed=0)
+    assert model.layers[0](torch.zeros(1, 1, 24, 24)).shape == (1, 8, 22, 22)
+    assert model.linear.in_features == 24 * 3 * 3
+
+
+@pytest.mark.parametrize("recipe", ["fast", "sharp", "best"])
+def test_a_recipe_has_a_network_that_can_be_built(recipe: str):
+    assert isinstance(models.build(load([str(ROOT / f"configs/{recipe}.yaml")]).model, seed=0), models.ConvNet)
+
+
+def test_a_convnet_looks_at_the_middle_of_an_image():
+    model = models.build(ModelConfig("convnet"), seed=0).eval()
+    images = torch.randn(2, 1, 28, 28)
+    framed = torch.nn.functional.pad(images[:, :, 2:-2, 2:-2], (2, 2, 2, 2), value=5.0)
+    assert torch.equal(model(images), model(framed))
+
+
 @pytest.mark.parametrize("name", models.MODELS)
 def test_initial_weights_depend_on_the_seed_alone(name: str):
     first = models.build(ModelConfig(name), seed=3).state_dict()
@@ -58,6 +83,7 @@ def test_a_users_own_model_is_taken_with_its_arguments():
         (ModelConfig(target="Net"), "cannot be imported"),
         (ModelConfig(target="torch.nn.Nothing"), "cannot be imported"),
         (ModelConfig(args={"width": 3}), "width"),
+        (ModelConfig(name="convnet", args={"channels": [8] * 5, "pools": [0, 1, 2]}), "does not work"),
         (ModelConfig(target="torch.nn.Flatten"), r"\(2, 10\) are wanted"),
         (ModelConfig(target="torch.nn.Linear", args={"in_features": 3, "out_features": 10}), "does not work"),
     ],
