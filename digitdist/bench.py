@@ -1,6 +1,6 @@
-"""Speed on this machine, measured in turn in one run: the trainer beside the plain way, and exact steps beside ddp ones.
+"""Speed on this machine, each figure beside the bare loop of the same network, measured in turn in one run.
 
-python -m digitdist.bench
+python -m digitdist.bench [--world N] [--json] [key=value ...]
 python -m digitdist.bench --recipes --seeds 20
 """
 
@@ -11,6 +11,7 @@ import io
 import json
 import math
 import multiprocessing
+import os
 import statistics
 import subprocess
 import sys
@@ -20,76 +21,253 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch.nn import functional as F
 
-from digitdist import optim, runtime, sync, train
-from digitdist.config import Config, Parser, UserError, load
-from digitdist.data import Order
+from digitdist import evaluate, optim, runtime, train
+from digitdist.config import Config, Parser, UserError
+from digitdist.data import SPECS, Splits, normalise
 from digitdist.models import build
+from digitdist.tracking import read_metrics
 
 CONFIGS = Path(__file__).parent.parent / "configs"  # of a checkout
 RECIPES = ("fast", "sharp")
+TURN_S = 0.7  # seconds that one measurement of a loop takes
+QUIET = ("tracking.wandb=disabled", "run.report=false", "checkpoint.every_steps=0", "checkpoint.resume=never")
+
+Loop = Callable[[int], float]  # takes so many steps, and gives images a second
+Rates = dict[str, list[float]]  # images a second of each loop, one number a turn
 
 
-def trainer_epoch(overrides: list[str]) -> float:
-    """`train_seconds` of one epoch of the trainer under this configuration, in a run folder that is removed."""
+def bare(config: Config, plan: runtime.Plan, splits: Splits, **changed: Any) -> Loop:
+    """Forward, backward and update on tensors in memory, and nothing else: the most that PyTorch gives this network here.
+
+    `changed` are another batch_size, threads or precision, channels_last=False, compiled=True, or meet=True: ranks then
+    meet in a one-number all-reduce after each step.
+    """
+    size, threads = changed.get("batch_size", config.data.batch_size), changed.get("threads", plan.threads)
+    layout = torch.channels_last if changed.get("channels_last", True) else torch.contiguous_format
+    device = torch.device("cpu" if plan.cpu else plan.device_type)
+    kept = min(len(splits.train), max(20 * size, 2000))
+    pixels = normalise(splits.train.images[:kept].to(device), SPECS[config.data.name]).contiguous(memory_format=layout)
+    labels = splits.train.labels[:kept].to(device)
+    model = build(config.model, config.seed).to(device).to(memory_format=layout)
+    optimizer = optim.build(model, config.optim)
+    if changed.get("compiled"):
+        model.compile()
+    precision = changed.get("precision", plan.precision)
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+
+    def loop(steps: int) -> float:
+        torch.set_num_threads(threads)
+        start = time.perf_counter()
+        for step in range(steps):
+            at = step * size % (kept - size + 1)
+            with torch.autocast(device.type, kind, enabled=kind is not None):
+                loss = F.cross_entropy(model(pixels[at : at + size]), labels[at : at + size])
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if changed.get("meet"):
+                dist.all_reduce(torch.zeros(1, device=device))
+        _finish(device)
+        return steps * size / (time.perf_counter() - start)
+
+    loop(3)  # what is made on first use
+    return loop
+
+
+def trainer(overrides: list[str], phases: list[dict[str, float]], steps: int) -> float:
+    """Images a second of the trainer itself, in a run that is removed; notes the seconds of its phases. Collective."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        fixed = ["train.epochs=1", f"run.dir={folder}", "tracking.wandb=disabled", "train.eval_every=0", "run.report=false"]
+        fixed = [f"run.dir={folder}", "train.eval_every=0", f"train.max_steps={steps}", *QUIET]
         config, plan, splits, model = train.prepare([], [*overrides, *fixed])
-        last_step = Order(len(splits.train), config.data.batch_size, config.seed).steps_per_epoch
         accelerator = runtime.start(config, plan)
-        run = train.open_run(config, plan, last_step, [], [])
-        heartbeat = runtime.Heartbeat(run.heartbeat, plan.world)
-        trainer = train.Trainer(config, accelerator, splits, model, run, heartbeat)
-        trainer.train()
-        return trainer.train_seconds
+        run = runtime.on_main(accelerator, lambda: train.open_run(config, plan, steps, [], []))
+        one = train.Trainer(config, accelerator, splits, model, run, runtime.Heartbeat(run.heartbeat, plan.world))
+        one.train()
+        torch.use_deterministic_algorithms(False)  # which exact mode has switched on
+        if accelerator.is_main_process:
+            times = [line for line in read_metrics(run.folder) if "time/total" in line]
+            phases += [{key[5:]: value for key, value in line.items() if key.startswith("time/")} for line in times]
+        return one.order.images_seen(steps) / one.train_seconds
 
 
-def plain_epoch(config: Config) -> float:
-    """Seconds of one epoch the plain way: torchvision's MNIST, `ToTensor` an image, one worker process."""
+def evaluation(config: Config, accelerator: Accelerator, splits: Splits) -> tuple[Loop, Loop]:
+    """The whole evaluation of the test images, and the bare forward pass over them, one chunk after another."""
+    model = build(config.model, config.seed).to(accelerator.device).to(memory_format=torch.channels_last).eval()
+    size = -(-config.data.eval_batch_size // config.sync.shards)
+    test = splits.test.to(accelerator.device)
+    chunks = normalise(test.images, SPECS[config.data.name]).split(size)
+
+    def whole(steps: int) -> float:
+        start = time.perf_counter()
+        for _ in range(steps):
+            evaluate.evaluate(accelerator, model, test, config)
+        return steps * len(test) / (time.perf_counter() - start)
+
+    def forward(steps: int) -> float:
+        start = time.perf_counter()
+        with torch.inference_mode(), accelerator.autocast():
+            for chunk in chunks * steps:
+                model(chunk)
+        _finish(accelerator.device)
+        return steps * len(test) / (time.perf_counter() - start)
+
+    return whole, forward
+
+
+def plain_way(config: Config, steps: int) -> float:
+    """Images a second of torchvision's MNIST with `ToTensor` an image and one worker process, the loader's start left out."""
     import torchvision
 
     images = torchvision.datasets.MNIST(config.data.root, transform=torchvision.transforms.ToTensor())
-    loader = torch.utils.data.DataLoader(images, config.data.batch_size, shuffle=True, num_workers=1)
+    loader = iter(torch.utils.data.DataLoader(images, config.data.batch_size, shuffle=True, num_workers=1))
     model = build(config.model, config.seed)
     optimizer = torch.optim.Adam(model.parameters(), config.optim.lr)
-    start = time.perf_counter()
-    for pixels, labels in loader:
+    for step in range(steps + 3):
+        if step == 3:
+            start = time.perf_counter()
+        pixels, labels = next(loader)
         optimizer.zero_grad()
         F.cross_entropy(model(pixels), labels).backward()
         optimizer.step()
-    return time.perf_counter() - start
+    return steps * config.data.batch_size / (time.perf_counter() - start)
 
 
-def stepper(overrides: list[str]) -> Callable[[int], float]:
-    """A function that takes some steps of a training under this configuration and gives their seconds."""
-    config, plan, splits, model = train.prepare([], overrides)
+def start_up(overrides: list[str]) -> tuple[float, float]:
+    """Seconds from the command to its first step's line, and of importing torch and accelerate in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        fixed = [f"run.dir={folder}", "run.name=a", "train.max_steps=1", "train.eval_every=0", *QUIET]
+        began = time.time()
+        command = [sys.executable, "-m", "digitdist.train", *overrides, *fixed]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        first = read_metrics(Path(folder) / "a")[0]["time"] - began
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import torch, accelerate"], check=True)
+    return first, time.perf_counter() - start
+
+
+def in_turn(loops: dict[str, Loop], steps: dict[str, int], repeats: int) -> Rates:
+    """Each loop's images a second, `repeats` times, one after another in each turn."""
+    rates: Rates = {name: [] for name in loops}
+    for _ in range(repeats):
+        for name, loop in loops.items():
+            rates[name].append(loop(steps[name]))
+    return rates
+
+
+def measure_one(overrides: list[str], repeats: int) -> dict[str, Any]:
+    """What one process does, beside what it would do with other settings."""
+    config, plan, splits, _ = train.prepare([], overrides)
     accelerator = runtime.start(config, plan)
-    model.to(accelerator.device).to(memory_format=torch.channels_last)
-    how = sync.build(config, accelerator, model, lambda *_: None)
-    optimizer = optim.build(model, config.optim)
-    order = Order(len(splits.train), config.data.batch_size, config.seed)
+    phases: list[dict[str, float]] = []
+    base = bare(config, plan, splits)
+    whole, forward = evaluation(config, accelerator, splits)
+    loops: dict[str, Loop] = {"bare loop": base, "trainer": partial(trainer, overrides, phases)}
+    loops |= {"bare forward": forward, "evaluation": whole}
+    size = config.data.batch_size
+    variants: dict[str, dict[str, Any]] = {
+        f"data.batch_size={4 * size}": {"batch_size": 4 * size},
+        "another layout than channels-last": {"channels_last": False},
+        "torch.compile": {"compiled": True},
+    }
+    variants |= {f"train.threads={n}": {"threads": n} for n in {1, os.cpu_count() or 1} - {plan.threads}}
+    variants |= {f"train.precision={p}": {"precision": p} for p in {"fp32", "bf16"} - {plan.precision}}
+    for name, changed in variants.items():
+        loops[name] = bare(config, plan, splits, **changed)
+    steps = {name: max(1, round(TURN_S * loop(3) / _images(name, size))) for name, loop in loops.items()}
+    rates = in_turn(loops, steps, repeats)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:  # which nothing has touched
+        rates["plain torchvision way"] = [fresh.submit(plain_way, config, 30).result() for _ in range(repeats)]
+    starts = [start_up(overrides) for _ in range(3)]
+    return {
+        "setting": f"{config.model.name}, batch {size}, {plan.precision}, {plan.threads} threads, {runtime.device_name(plan)}",
+        "images_per_second": rates,
+        "start_up_s": {"command to first step": [a for a, _ in starts], "import torch, accelerate": [b for _, b in starts]},
+        "phases": {name: sum(p[name] for p in phases) for name in phases[0] if name != "slowest_rank"},
+    }
 
-    def steps(count: int) -> float:
-        batches = iter(order.epoch_loader(splits.train, 0, how.sharding))
-        start = time.perf_counter()
-        for step in range(count):
-            how.gradients(next(batches), order.batch_size, step, stop=False)
-            optimizer.step()
-            optimizer.zero_grad()
-        return time.perf_counter() - start
 
-    return steps
+def measure_world(overrides: list[str], repeats: int) -> dict[str, Any] | None:
+    """What the processes of a world do together; None off the main rank. Collective: every rank must call it."""
+    config, plan, splits, _ = train.prepare([], overrides)
+    accelerator = runtime.start(config, plan)
+    share = {"batch_size": -(-config.data.batch_size // plan.world.size)}
+    single: dict[str, Loop] = {
+        f"{plan.world.size} bare loops": bare(config, plan, splits, **share),
+        "bare loops that meet once a step": bare(config, plan, splits, **share, meet=True),
+    }
+
+    def together(loop: Loop, steps: int) -> float:
+        accelerator.wait_for_everyone()
+        return plan.world.size * min(gather_object([loop(steps)]))
+
+    loops: dict[str, Loop] = {name: partial(together, loop) for name, loop in single.items()}
+    for mode in ("ddp", "exact"):
+        loops[mode] = partial(trainer, [*overrides, f"sync.mode={mode}"], [])
+    own = max(5, round(TURN_S * min(gather_object([single[f"{plan.world.size} bare loops"](5)])) / share["batch_size"]))
+    rates = in_turn(loops, dict.fromkeys(loops, own), repeats)
+    return {"images_per_second": rates} if accelerator.is_main_process else None
 
 
-def in_turn(first: Callable[[], float], second: Callable[[], float], repeats: int) -> tuple[float, float, str]:
-    """Median seconds of each, measured in turn, and their ratio in words: median, least and greatest."""
-    rows = [(first(), second()) for _ in range(repeats)]
-    ratios = [a / b for a, b in rows]
-    words = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f} over {repeats})"
-    return statistics.median(a for a, _ in rows), statistics.median(b for _, b in rows), words
+def of_world(world: int, overrides: list[str], repeats: int) -> Rates:
+    """`measure_world` on as many processes, through torchrun."""
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(world), "-m", "digitdist.bench", "--member"]
+    command = [sys.executable, *launch, "--repeats", str(repeats), *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise runtime.Fault(f"the world of {world} processes failed: {done.stderr.strip()[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])["images_per_second"]
+
+
+def rows(rates: Rates, base: str) -> list[str]:
+    """Each loop's median images a second, and its ratio to `base` in the same turn: median, least and greatest."""
+    lines = []
+    for name, values in rates.items():
+        ratios = [a / b for a, b in zip(values, rates[base], strict=True)]
+        spread = f"{statistics.median(ratios):5.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        lines.append(f"  {name:36} {statistics.median(values):>10,.0f} images/s   {spread}")
+    return lines
+
+
+def in_words(one: dict[str, Any], world: int, rates: Rates) -> str:
+    """The whole measurement as a table, and what it says of this machine."""
+    speeds: Rates = one["images_per_second"]
+    names = ("bare loop", "trainer", "plain torchvision way")
+    lines = [one["setting"], "", "one process, and its ratio to the bare loop"]
+    lines += rows({name: speeds[name] for name in names}, "bare loop")
+    lines += rows({name: speeds[name] for name in ("bare forward", "evaluation")}, "bare forward")
+    seconds = {name: statistics.median(values) for name, values in one["start_up_s"].items()}
+    lines += ["", *(f"  {name:36} {value:10.1f} s" for name, value in seconds.items())]
+    phases = one["phases"]
+    shares = {name: s / phases["total"] for name, s in phases.items() if name != "total" and s / phases["total"] > 0.005}
+    parts = ", ".join(f"{name} {100 * share:.0f} %" for name, share in sorted(shares.items(), key=lambda item: -item[1]))
+    lines += [f"  {'a step of the trainer':36} {parts}"]
+    meeting = "bare loops that meet once a step"
+    if rates:
+        lines += ["", f"{world} processes, and their ratio to loops that meet in a one-number all-reduce"]
+        lines += rows(rates, meeting)
+    lines += ["", "what would help"]
+    known = {"bare forward", "evaluation", *names}
+    gains = {
+        name: statistics.median(v) / statistics.median(speeds["bare loop"]) for name, v in speeds.items() if name not in known
+    }
+    if rates:
+        gains[f"{world} processes (ddp, beside the trainer)"] = statistics.median(rates["ddp"]) / statistics.median(
+            speeds["trainer"]
+        )
+    for name, gain in sorted(gains.items(), key=lambda item: -item[1]):
+        verdict = "helps" if gain > 1.05 else "does not help" if gain > 0.95 else "costs"
+        lines.append(f"  {name:44} {gain:5.2f} of the speed: {verdict}")
+    most = max(shares, key=lambda name: shares[name])
+    lines.append(f"this machine is limited by {most}: {100 * shares[most]:.0f} % of a step")
+    return "\n".join(lines)
 
 
 def measure_recipes(seeds: int, overrides: list[str]) -> None:
@@ -131,38 +309,43 @@ def run_recipe(file: Path, seed: int, overrides: list[str]) -> tuple[float, floa
     return result["test_accuracy"], result["train_seconds"], seconds
 
 
+def _images(name: str, batch_size: int) -> int:
+    """Images of one step of a loop, as far as its length is concerned."""
+    return 10000 if name in ("bare forward", "evaluation") else batch_size
+
+
+def _finish(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize()
+
+
 def main() -> None:
     parser = Parser(
         prog="python -m digitdist.bench",
-        description="An epoch of the trainer beside the plain way, and steps of exact beside ddp on one process and thread.",
-        epilog="example: python -m digitdist.bench --repeats 3 data.root=data",
+        description="The trainer, its evaluation and its start beside the bare loop, on this machine; and what would help.",
+        epilog="example: python -m digitdist.bench --world 2 data.batch_size=1000",
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration, such as data.root=data")
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="how often each is measured (default: 3)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration, such as data.batch_size=1000")
+    parser.add_argument("--world", type=int, default=2, metavar="N", help="processes measured together; 1: none (default: 2)")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="how often each is measured (default: 5)")
+    parser.add_argument("--json", action="store_true", help="every measurement as one JSON object")
+    parser.add_argument("--member", action="store_true", help="what torchrun starts for --world")
     parser.add_argument("--recipes", action="store_true", help=f"measure the recipes {', '.join(RECIPES)} of configs/ instead")
     parser.add_argument("--seeds", type=int, default=20, metavar="N", help="of --recipes: seeds 0 to N-1 (default: 20)")
     arguments = parser.parse_args()
+    for name in ("world", "repeats", "seeds"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name} {getattr(arguments, name)} is not allowed; it takes a whole number from 1 on")
     if arguments.recipes:
-        if arguments.seeds < 1:
-            raise UserError(f"--seeds {arguments.seeds} is not allowed; it takes a whole number from 1 on")
         measure_recipes(arguments.seeds, arguments.overrides)
-        return
-    config = load((), arguments.overrides)
-
-    def plain() -> float:  # in a process of its own, which nothing of the trainer has touched
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
-            return fresh.submit(plain_epoch, config).result()
-
-    ours, theirs, ratio = in_turn(lambda: trainer_epoch(arguments.overrides), plain, arguments.repeats)
-    print(f"an epoch: trainer {ours:.1f} s, plain way {theirs:.1f} s, ratio {ratio}", flush=True)
-    for batch_size, count in ((100, 60), (512, 12)):
-        options = [*arguments.overrides, f"data.batch_size={batch_size}", "train.threads=1"]
-        exact, ddp = stepper([*options, "sync.mode=exact"]), stepper([*options, "sync.mode=ddp"])
-        for warm in (exact, ddp):
-            warm(count)
-        slow, fast, ratio = in_turn(partial(exact, count), partial(ddp, count), 3 * arguments.repeats)
-        milliseconds = [f"{1e3 * seconds / count:.1f} ms" for seconds in (slow, fast)]
-        print(f"a step of {batch_size}: exact {milliseconds[0]}, ddp {milliseconds[1]}, ratio {ratio}", flush=True)
+    elif arguments.member:
+        measured = measure_world(arguments.overrides, arguments.repeats)
+        if measured:
+            print(json.dumps(measured), flush=True)
+    else:
+        one = measure_one(arguments.overrides, arguments.repeats)
+        rates = of_world(arguments.world, arguments.overrides, arguments.repeats) if arguments.world > 1 else {}
+        print(json.dumps(one | {"world": rates}) if arguments.json else in_words(one, arguments.world, rates), flush=True)
 
 
 if __name__ == "__main__":

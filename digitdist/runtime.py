@@ -15,6 +15,7 @@ import os
 import platform
 import resource
 import signal
+import socket
 import struct
 import sys
 import time
@@ -204,6 +205,8 @@ def start(config: Config, plan: Plan) -> Accelerator:
         UserError: the world that Accelerate made is not the launcher's.
     """
     _keep_freed_memory()
+    if plan.world.size > plan.world.local_size:
+        _name_interface(os.environ["MASTER_ADDR"])
     os.environ["ACCELERATE_DYNAMO_BACKEND"] = "NO"
     os.environ.setdefault("OMP_NUM_THREADS", str(plan.threads))  # Accelerate warns where it is not set
     # Accelerate passes DistributedDataParallel an argument that has a new name.
@@ -660,6 +663,18 @@ def _keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(mmap_threshold, 2**30)
         libc.mallopt(trim_threshold, 2**31 - 1)
+
+
+def _name_interface(address: str) -> None:
+    """Tells gloo the network interface by which `address` is reached, unless the user has: it would guess by the host's name,
+    and hang where that leads to another one."""
+    family, _, _, _, target = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(target)  # sends nothing
+        own = probe.getsockname()[0]
+    for name, addresses in psutil.net_if_addrs().items():
+        if own in (entry.address for entry in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 def _flag(name: str) -> bool:

@@ -42,7 +42,7 @@ class Host:
     def start(self, *command: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
         inside = ["unshare", "--uts", "--mount", "bash", "-c", INSIDE, "host", self.name, str(self.names), str(self.folder)]
         whole = ["ip", "netns", "exec", self.namespace, *inside, *command]
-        settings = CLEAN | {"GLOO_SOCKET_IFNAME": "eth0", "PATH": f"{BIN}:{os.environ['PATH']}"} | (env or {})
+        settings = CLEAN | {"PATH": f"{BIN}:{os.environ['PATH']}"} | (env or {})
         self.running.append(
             subprocess.Popen(
                 whole, env=settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
