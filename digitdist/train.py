@@ -454,8 +454,8 @@ class Run:
         return tracking.RunTracker(self.folder, wandb, say)
 
 
-def card(config: Config, plan: Plan, splits: Splits) -> dict[str, str]:
-    """What must be the same on every rank: the configuration but for a host's folders, the code, the data, what it runs on."""
+def card(config: Config, plan: Plan, splits: Splits, model: nn.Module) -> dict[str, str]:
+    """What must be the same on every rank: the configuration but for a host's folders, code, data, model, what it runs on."""
     code = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))))
     return {name: str(value) for name, value in configuration.as_dict(config).items() if name not in LOCAL_KEYS} | {
         "digitdist": f"version {digitdist.__version__} with sources {code.hexdigest()[:12]}",
@@ -463,6 +463,7 @@ def card(config: Config, plan: Plan, splits: Splits) -> dict[str, str]:
         "device": plan.device_type,
         "effective train.precision": plan.precision,
         "data": f"of SHA-256 {splits.sha256()[:12]}",
+        "model": ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in model.state_dict().items()),
     }
 
 
@@ -475,16 +476,15 @@ def fetch_run(config: Config, plan: Plan, launchers: list[float]) -> None:
     if world.size == world.local_size or config.checkpoint.resume == "never":
         return
     name = config.run.name or _run_of(runs, launchers)
-    at = -1
+    stored = None
     if name and world.local_rank == 0:
         stored = checkpoint.newest_good(runs / name / "checkpoints", lambda _: None)
-        at = stored.step if stored else -1
-    views = gather_object([(at, name, platform.node())])
+    views = gather_object([(stored.step if stored else -1, name, platform.node())])
     holder = max(range(world.size), key=lambda rank: (views[rank][0], -rank))
     at, name, host = views[holder]
     if at <= views[0][0]:
         return
-    files = [_pack(runs / name, checkpoint.folder_name(at)) if world.rank == holder else {}]
+    files = [_pack(runs / name, stored) if stored and world.rank == holder else {}]
     broadcast_object_list(files, from_process=holder)
     if world.rank == 0:
         for path, content in files[0].items():
@@ -493,14 +493,13 @@ def fetch_run(config: Config, plan: Plan, launchers: list[float]) -> None:
         say(f"{runs / name}: fetched from host {host}, which has it up to step {at:,}")
 
 
-def _pack(folder: Path, newest: str) -> dict[str, bytes]:
+def _pack(folder: Path, stored: Checkpoint) -> dict[str, bytes]:
     """The files of a run that it needs to go on elsewhere: path to content, in the order in which to write them."""
-    files = [*(folder / name for name in RUN_FILES), *sorted((folder / "checkpoints" / newest).iterdir(), key=_manifest_last)]
+    steps = {stored.step, stored.state["best"]["step"] if stored.state["best"] else stored.step}
+    inner = [file for step in steps for file in (folder / "checkpoints" / checkpoint.folder_name(step)).glob("*")]
+    inner.sort(key=lambda file: file.name == checkpoint.MANIFEST)  # without which the others are no checkpoint yet
+    files = [*(folder / name for name in RUN_FILES), *inner]
     return {str(file.relative_to(folder)): file.read_bytes() for file in files if file.exists()}
-
-
-def _manifest_last(file: Path) -> bool:
-    return file.name == checkpoint.MANIFEST  # without which the others are no checkpoint yet
 
 
 def open_run(config: Config, plan: Plan, last_step: int, held: list[FileLock], launchers: list[float]) -> Run:
@@ -596,13 +595,15 @@ def introduction(config: Config, plan: Plan, splits: Splits, order: Order, last_
 
 
 def _run_of(runs: Path, launchers: list[float]) -> str | None:
-    """The run that one of these launchers has started before; None where there is none."""
-    names = sorted(folder.name for folder in runs.glob("*") if launchers and folder.is_dir())
-    return next((n for n in reversed(names) if _started_by(_read_starts(runs / n)[-1:], launchers)), None)
+    """The newest run that one of these launchers has started before, as it does to go on with it; None where there is none."""
+    folders = [file.parent for file in runs.glob("*/environment.json")]
+    if not runtime.restart_count():  # a launcher in a program may start several runs, one after another
+        folders = [folder for folder in folders if not (folder / "result.json").exists()]
+    return max((folder.name for folder in folders if _started_by(_read_starts(folder)[-1:], launchers)), default=None)
 
 
 def _started_by(starts: list[dict[str, Any]], launchers: list[float]) -> list[dict[str, Any]]:
-    return [start for start in starts if set(start["launchers"]) & set(launchers)]
+    return [start for start in starts if set(start.get("launchers", ())) & set(launchers)]
 
 
 def _name_from_time(runs: Path) -> str:
@@ -780,7 +781,7 @@ def main() -> None:
         config, plan, splits, model = prepare(arguments.config, arguments.overrides)
     except UserError as error:
         runtime.refuse(error)
-    runtime.roll_call(plan.world, card(config, plan, splits), config.sync.join_timeout_s)
+    runtime.roll_call(plan.world, card(config, plan, splits, model), config.sync.join_timeout_s)
     order = Order(len(splits.train), config.data.batch_size, config.seed)
     last_step = min(order.total_steps(config.train.epochs), config.train.max_steps or sys.maxsize)
 
