@@ -65,7 +65,7 @@ def starts(folder: Path) -> list[dict]:
     [
         pytest.param("--nodes=2", 2, marks=long),
         ("--nodes=2 --gpus-per-node=2", 4),
-        ("--nodes=1 --ntasks-per-node=2", 2),
+        pytest.param("--nodes=1 --ntasks-per-node=2", 2, marks=long),
     ],
 )
 def test_a_job_of_any_shape_ends_at_the_bits_of_one_process(slurm, place, unbroken, shape, world_size):

@@ -275,8 +275,13 @@ def test_without_a_server_nothing_is_lost(mode: str, env: dict[str, str], place:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("when", ["start", "after"])
-@pytest.mark.parametrize("manner", ["hang", "fail", "close"])
+@pytest.mark.parametrize(
+    ("manner", "when"),
+    [
+        *(("hang", "start"), ("fail", "after"), ("close", "after")),
+        *(pytest.param(*case, marks=pytest.mark.soak) for case in (("hang", "after"), ("fail", "start"), ("close", "start"))),
+    ],
+)
 def test_a_server_that_misbehaves_changes_nothing(
     manner: str, when: str, server: Server, place: Path, disabled: tuple[Path, float]
 ):

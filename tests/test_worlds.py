@@ -163,7 +163,7 @@ def test_a_rank_that_lags_is_named(place: Path, mode: str):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("compress", ["bf16", "fp16", "powersgd"])
+@pytest.mark.parametrize("compress", ["bf16", pytest.param("fp16", marks=pytest.mark.soak), "powersgd"])
 def test_a_compressed_run_has_equal_ranks_an_exact_loss_and_nearly_the_accuracy(place: Path, compress: str):
     options = ("data.batch_size=500", "train.epochs=1", "train.log_every=1", "sync.check_every=1")
     for name, extra in (("plain", []), ("compressed", [f"sync.compress={compress}"])):
