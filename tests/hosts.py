@@ -22,7 +22,11 @@ def why_not() -> str | None:
     if sys.platform != "linux" or os.geteuid() != 0:
         return "network namespaces need Linux and root"
     missing = [tool for tool in ("ip", "tc", "unshare") if shutil.which(tool) is None]
-    return f"{', '.join(missing)} missing (Debian: iproute2, util-linux)" if missing else None
+    if missing:
+        return f"{', '.join(missing)} missing (Debian: iproute2, util-linux)"
+    probe = ("unshare", "--net", "--uts", "--mount", "ip", "link", "add", "probe", "type", "bridge")
+    denied = subprocess.run(probe, capture_output=True, text=True)
+    return f"the kernel gives no namespaces or bridges: {denied.stderr.strip()}" if denied.returncode else None
 
 
 @dataclass
