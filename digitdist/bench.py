@@ -33,6 +33,7 @@ from digitdist import evaluate, optim, runtime, train
 from digitdist.config import Config, Parser, UserError
 from digitdist.data import SPECS, Splits, normalise
 from digitdist.models import build
+from digitdist.sync import await_device
 from digitdist.tracking import read_metrics
 
 CONFIGS = Path(__file__).parent.parent / "configs"  # of a checkout
@@ -75,7 +76,7 @@ def bare(config: Config, plan: runtime.Plan, splits: Splits, **changed: Any) -> 
             optimizer.zero_grad()
             if changed.get("meet"):
                 dist.all_reduce(torch.zeros(1, device=device))
-        _finish(device)
+        await_device(device)
         return steps * size / (time.perf_counter() - start)
 
     loop(3)  # what is made on first use
@@ -116,7 +117,7 @@ def evaluation(config: Config, accelerator: Accelerator, splits: Splits) -> tupl
         with torch.inference_mode(), accelerator.autocast():
             for chunk in chunks * steps:
                 model(chunk)
-        _finish(accelerator.device)
+        await_device(accelerator.device)
         return steps * len(test) / (time.perf_counter() - start)
 
     return whole, forward
@@ -312,11 +313,6 @@ def run_recipe(file: Path, seed: int, overrides: list[str]) -> tuple[float, floa
 def _images(name: str, batch_size: int) -> int:
     """Images of one step of a loop, as far as its length is concerned."""
     return 10000 if name in ("bare forward", "evaluation") else batch_size
-
-
-def _finish(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.get_device_module(device).synchronize()
 
 
 def main() -> None:

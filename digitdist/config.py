@@ -189,14 +189,8 @@ class Config:
 
 HARMLESS = {  # keys that leave a run's weights as they are: they may change when it goes on
     *("data.root", "data.eval_batch_size", "train.epochs", "train.max_steps", "train.threads", "train.log_every"),
-    *(
-        "train.eval_every",
-        "sync.check_every",
-        "sync.join_timeout_s",
-        "sync.timeout_s",
-        "checkpoint.every_steps",
-        "checkpoint.keep",
-    ),
+    *("train.eval_every", "sync.check_every", "sync.join_timeout_s", "sync.timeout_s"),
+    *("checkpoint.every_steps", "checkpoint.keep"),
     *("checkpoint.resume", "checkpoint.allow_change", "run.dir", "run.name", "run.report"),
     *("train.profile", "tracking.wandb", "tracking.project", "tracking.entity", "tracking.group", "tracking.tags"),
     *("tracking.name", "tracking.notes", "tracking.artifacts"),

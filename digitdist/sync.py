@@ -121,6 +121,12 @@ class EveryStep:
     def settle(self, step: int) -> None:
         """Nothing to do: every step waits for all ranks."""
 
+    def state(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensors]:
+        return {}
+
+    def restore(self, stored: dict[str, Tensors], optimizer: torch.optim.Optimizer) -> None:
+        """Nothing to do: all that is remembered is in the model and the optimizer."""
+
 
 class Ddp(EveryStep):
     """DistributedDataParallel, and plain backward on one process."""
@@ -165,7 +171,7 @@ class Ddp(EveryStep):
                     meeting = dist.all_reduce(carried, async_op=True)
                 self.enter("backward")
                 self.accelerator.backward(loss)
-        _await_device(self.accelerator.device)
+        await_device(self.accelerator.device)
         self.enter("sync", self.ready)
         if meeting is not None:
             meeting.wait()
@@ -253,7 +259,7 @@ class Exact(EveryStep):
             self.own_losses.append(total.detach())
             tree.add(leaf, 1, torch.cat([*(piece.flatten() for piece in pieces), total.detach().view(1)]))
             rows.append(self.statistics.of_last_forward())
-        _await_device(self.accelerator.device)
+        await_device(self.accelerator.device)
         self.enter("sync")
         vector, all_rows, stops = self._meet(tree, rows, float(stop), min(count, self.sharding.parts))
         self.statistics.fold(all_rows)
@@ -266,12 +272,6 @@ class Exact(EveryStep):
 
     def agree_on_buffers(self, networks: Sequence[nn.Module]) -> None:
         """Nothing to do: every rank has folded the same statistics."""
-
-    def state(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensors]:
-        return {}
-
-    def restore(self, stored: dict[str, Tensors], optimizer: torch.optim.Optimizer) -> None:
-        """Nothing to do: all that is remembered is in the model and the optimizer."""
 
     def _meet(self, tree: Tree, rows: list[Tensor], stop: float, leaves: int) -> tuple[Tensor, list[Tensor], float]:
         """The root of the tree, the statistics of all `leaves` in their order, the sum of all `stop`. Collective.
@@ -549,7 +549,7 @@ def _register_compression(wrapped: nn.Module, compress: str) -> PowerSGDState | 
     return None
 
 
-def _await_device(device: torch.device) -> None:
+def await_device(device: torch.device) -> None:
     """Waits for what the host has asked of `device`, as a step's loss will anyway: this is not time of the ranks' meeting."""
     if device.type != "cpu":
         torch.get_device_module(device).synchronize()

@@ -781,7 +781,8 @@ def main() -> None:
         config, plan, splits, model = prepare(arguments.config, arguments.overrides)
     except UserError as error:
         runtime.refuse(error)
-    runtime.roll_call(plan.world, card(config, plan, splits, model), config.sync.join_timeout_s)
+    if plan.world.size > 1:
+        runtime.roll_call(plan.world, card(config, plan, splits, model), config.sync.join_timeout_s)
     order = Order(len(splits.train), config.data.batch_size, config.seed)
     last_step = min(order.total_steps(config.train.epochs), config.train.max_steps or sys.maxsize)
 
