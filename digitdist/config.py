@@ -120,6 +120,9 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "no", "bf16", "fp16", "fp8"] = key(
         "auto", "auto: what accelerate launch was told, else the device's best"
     )
+    compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = key(
+        "none", "torch.compile in that mode, reduce-overhead: with CUDA graphs; takes a while before the first step"
+    )
     threads: int | None = key(None, "threads a process; default: cores / local ranks, in exact mode 1", low=1, high=1024)
     label_smoothing: float = key(0.0, "label smoothing of the training loss", low=0, high=0.99)
     log_every: int = key(20, "steps between two log lines", low=1)
@@ -420,6 +423,11 @@ def _check_names(config: Config) -> list[str]:
         mistakes.append(
             f"sync.compress={config.sync.compress} is not allowed with sync.mode={config.sync.mode}; it takes none there,"
             " since only ddp sends a gradient that may be rounded"
+        )
+    if config.train.compile != "none" and config.sync.mode == "exact":
+        mistakes.append(
+            f"train.compile={config.train.compile} is not allowed with sync.mode=exact; it takes none there, since what is"
+            " compiled, and so the rounding, follows from the shapes that a process has met"
         )
     folders = {"data.root": Path(config.data.root)}
     if is_main():  # whose host holds the run

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from digitdist import checkpoint, models, runtime
 from digitdist.config import Config, Parser, UserError, load
-from digitdist.data import SPECS, ImageSet, Sharding, load_splits, loader, normalise
+from digitdist.data import SPECS, ImageSet, Sharding, load_splits, normalise
 from digitdist.models import NUM_CLASSES
 
 
@@ -81,29 +81,29 @@ def evaluate(accelerator: Accelerator, model: nn.Module, images: ImageSet, confi
     Raises:
         RuntimeError: an index is missing, or there twice.
     """
-    size = -(-config.data.eval_batch_size // config.sync.shards)
-    chunks = list(torch.arange(len(images)).split(size))
-    mine = Sharding.of(len(chunks), accelerator.process_index, accelerator.num_processes).mine
-    whole = [torch.empty(0, 3, dtype=torch.int64, device=accelerator.device)]
-    parts = [torch.empty(0, 2, device=accelerator.device)]
+    size, device = -(-config.data.eval_batch_size // config.sync.shards), accelerator.device
+    bounds = [*range(0, len(images), size), len(images)]
+    mine = Sharding.of(len(bounds) - 1, accelerator.process_index, accelerator.num_processes).mine
+    here = slice(bounds[mine.start], bounds[mine.stop])
+    logits = [torch.empty(0, NUM_CLASSES, device=device)]
     was_training = model.training
     model.eval()
     with torch.inference_mode(), accelerator.autocast():
-        for pixels, labels, indices in loader(images, [chunks[i] for i in mine]):
-            logits = model(normalise(pixels, SPECS[config.data.name])).float()
-            probability, prediction = logits.softmax(1).max(1)
-            loss = F.cross_entropy(logits, labels, reduction="none")
-            whole.append(torch.stack([indices, labels, prediction], 1))
-            parts.append(torch.stack([probability, loss], 1))
+        for start in bounds[mine.start : mine.stop]:
+            logits.append(model(normalise(images.images[start : start + size], SPECS[config.data.name])))
     model.train(was_training)
-    rows = -(-len(chunks) // accelerator.num_processes) * size  # no rank has more
-    integers = _gather(accelerator, torch.cat(whole), rows, padding=-1)
-    numbers = _gather(accelerator, torch.cat(parts), rows, padding=-1)
-    order = np.argsort(integers[:, 0], kind="stable")
-    order = order[integers[order, 0] >= 0]
-    integers, numbers = integers[order], numbers[order]
-    certify(integers[:, 0], images.indices)
-    return Evaluation(*integers.T, *numbers.T)
+    rows = -(-(len(bounds) - 1) // accelerator.num_processes) * size  # no rank has more
+    named = _gather(accelerator, torch.stack([images.indices[here], images.labels[here]], 1), rows, padding=-1)
+    scores = _gather(accelerator, torch.cat([part.float() for part in logits]), rows, padding=0)
+    order = named[:, 0].argsort(stable=True)
+    order = order[named[order, 0] >= 0]
+    index, label = named[order].T
+    certify(index.numpy(), images.indices)
+    # Of all images at once, so that world size cannot enter.
+    scores = scores[order]
+    probability, prediction = scores.softmax(1).max(1)
+    loss = F.cross_entropy(scores, label, reduction="none")
+    return Evaluation(*(part.numpy() for part in (index, label, prediction, probability, loss)))
 
 
 def certify(index: np.ndarray, wanted: Tensor) -> None:
@@ -201,10 +201,10 @@ def load_weights(model: nn.Module, stored: checkpoint.Checkpoint) -> None:
         raise UserError(f"{stored.folder} does not fit the model: {' '.join(str(error).split())}") from None
 
 
-def _gather(accelerator: Accelerator, rows: Tensor, length: int, padding: int) -> np.ndarray:
-    """The rows of all ranks, each rank's padded to `length`, since a collective wants one shape. Collective."""
+def _gather(accelerator: Accelerator, rows: Tensor, length: int, padding: int) -> Tensor:
+    """The rows of all ranks on the CPU, each rank's padded to `length`, since a collective wants one shape. Collective."""
     padded = F.pad(rows, (0, 0, 0, length - len(rows)), value=padding)
-    return accelerator.gather(padded).cpu().numpy()
+    return accelerator.gather(padded).cpu()
 
 
 def main() -> None:

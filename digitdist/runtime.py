@@ -14,6 +14,7 @@ import mmap
 import os
 import platform
 import resource
+import shutil
 import signal
 import socket
 import struct
@@ -156,10 +157,15 @@ def plan(config: Config) -> Plan:
         precision, notes = resolve_precision(config.train.precision, device_type)
     except UserError as error:
         mistakes += error.mistakes
+    if config.train.compile != "none" and cpu and not shutil.which(os.environ.get("CXX", "g++")):
+        mistakes.append(
+            f"train.compile={config.train.compile} needs a C++ compiler on a CPU, and there is no"
+            f" {os.environ.get('CXX', 'g++')}; install one, name it in CXX, or set train.compile=none"
+        )
     if mistakes:
         raise UserError(*mistakes)
     if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper() != "NO":
-        notes += ("accelerate launch asked for a dynamo backend, which is not used",)
+        notes += ("accelerate launch asked for a dynamo backend, which is not used; train.compile=default compiles",)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     shared = 1 if config.sync.mode == "exact" else max(1, cores // here.local_size)
     return Plan(here, cpu, device_type, precision, config.train.threads or shared, notes)
@@ -223,10 +229,14 @@ def start(config: Config, plan: Plan) -> Accelerator:
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=timedelta(seconds=config.sync.timeout_s)),
             # A rank's buffers matter only in evaluations and checkpoints, before which rank 0's are sent to all.
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            DistributedDataParallelKwargs(
+                broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=config.train.accumulate == 1
+            ),
         ],
     )
     torch.set_num_threads(plan.threads)  # after Accelerate, which sets its own
+    if plan.device_type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 in linear layers too, as in convolutions
     if accelerator.num_processes != plan.world.size:
         raise UserError(
             f"the launcher started {plan.world.size} processes, Accelerate sees {accelerator.num_processes};"
@@ -382,6 +392,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
+        self._is_main = is_main()
         self._first_s = self._looked_s = 0.0
         for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
             if hasattr(signal, name):  # a platform may lack some
@@ -390,7 +401,7 @@ class StopRequest:
     def wanted(self, stop_file: Path) -> bool:
         """True once this process has had a signal, or the main rank has seen `stop_file`, for which it looks twice a second."""
         now = time.monotonic()
-        if self.signal_name is None and is_main() and now - self._looked_s > 0.5:
+        if self.signal_name is None and self._is_main and now - self._looked_s > 0.5:
             self._looked_s = now
             if stop_file.exists():
                 self.signal_name = stop_file.name

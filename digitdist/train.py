@@ -60,6 +60,7 @@ class Trainer:
         heartbeat: runtime.Heartbeat,
     ):
         self.config, self.accelerator, self.run, self.heartbeat = config, accelerator, run, heartbeat
+        self.is_main = accelerator.is_main_process  # asked in each step; Accelerate takes a while to say it
         self.splits = splits.to(accelerator.device)
         self.order = Order(len(splits.train), config.data.batch_size, config.seed)
         self.total_steps = self.order.total_steps(config.train.epochs)
@@ -70,8 +71,11 @@ class Trainer:
         if config.optim.ema:
             self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.optim.ema))
         self.optimizer = optim.build(self.model, config.optim)
+        if config.train.compile != "none":
+            self.model.compile(mode=config.train.compile)  # in place: the weights keep their names
         self.sync = sync.build(config, accelerator, self.model, self.heartbeat.enter)
-        self.stepper = accelerator.prepare_optimizer(self.optimizer)  # scales and unscales under fp16
+        # Accelerate's wrapper scales and unscales under fp16; else it would only cost 0.1 ms a step.
+        self.stepper = accelerator.prepare_optimizer(self.optimizer) if accelerator.scaler else self.optimizer
 
         self.evaluate_every = config.train.eval_every * self.order.steps_per_epoch  # steps
         self.step = 0
@@ -86,8 +90,8 @@ class Trainer:
         self.lagging: list[int | None] = [None]  # the rank that lagged at each line
         self.stop = runtime.StopRequest()
         self.tracker = run.tracker(config)
-        self.progress = Progress(self.order, self.total_steps, accelerator.is_main_process)
-        self.profiler = profiler(config.train.profile, accelerator.device, run.folder) if accelerator.is_main_process else None
+        self.progress = Progress(self.order, self.total_steps, self.is_main)
+        self.profiler = profiler(config.train.profile, accelerator.device, run.folder) if self.is_main else None
 
     @property
     def epoch(self) -> float:
@@ -110,7 +114,7 @@ class Trainer:
         self.heartbeat.enter("data")
         mark = time.perf_counter()
         while self.step < self.last_step:
-            for batch in self.order.epoch_loader(self.splits.train, self.step, self.sync.sharding):
+            for batch in self.order.epoch_batches(self.splits.train, self.step, self.sync.sharding):
                 agreed = self.train_step(batch)
                 self.train_seconds += time.perf_counter() - mark
                 if agreed:
@@ -139,16 +143,15 @@ class Trainer:
             self._leave()
 
     def train_step(self, batch: sync.Batch) -> sync.Agreed | None:
-        """One update, by this rank's share of a global batch. What was agreed on where the ranks met, as they do in every
-        step but in local mode. Collective."""
+        """One update, by this rank's share of a global batch. What was agreed on, where the ranks met (in local mode they do
+        not in every step) and the host looks. Collective."""
         self.heartbeat.step = self.step + 1
         config = self.config.optim
         count = self.order.batch_count(self.step)
-        agreed = self.sync.gradients(batch, count, self.step, self.stop.wanted(self.run.stop_file))
-        if agreed:
-            sync.check_finite(agreed, self.sync.own_losses, self.step + 1)
+        told = self.sync.gradients(batch, count, self.step, self.stop.wanted(self.run.stop_file))
+        agreed = self._read(told) if told is not None and self._looks_at(self.step + 1) else None
         self.heartbeat.enter("update")
-        if self.accelerator.is_main_process and self._has_line(self.step + 1):
+        if self.is_main and self._has_line(self.step + 1):
             scale = self.accelerator.scaler.get_scale() if self.accelerator.scaler else 1.0
             self.gradient_norm = optim.norm(p.grad for p in self.model.parameters() if p.grad is not None) / scale
         if config.clip_norm:
@@ -159,13 +162,32 @@ class Trainer:
         if self.ema:
             self.ema.update_parameters(self.model)
         self.step += 1
-        if agreed is None and (self._is_common() or self.step % self.config.sync.every == 0):
-            agreed = self.sync.end_round(self._networks(), self.step, self._is_common())
+        if told is None and (self._is_common(self.step) or self.step % self.config.sync.every == 0):
+            agreed = self.sync.end_round(self._networks(), self.step, self._is_common(self.step))
         if agreed and not self.sync.under_way and self._due(self.config.sync.check_every):
             self.heartbeat.enter("sync")
             self._check_equal()
         if self.profiler:
             self.profiler.step()
+        return agreed
+
+    def _looks_at(self, step: int) -> bool:
+        """Whether the host reads what was agreed on in `step`: on a CPU always, where it is there already.
+
+        It would have to wait for another device, so there it looks only where something is due, and learns then of a stop.
+        """
+        return self.accelerator.device.type == "cpu" or self._has_line(step) or self._is_common(step)
+
+    def _read(self, told: sync.Told) -> sync.Agreed:
+        """What was agreed on in this step, on the host. Collective where it raises.
+
+        Raises:
+            Fault: the loss is not finite; no weight that it has reached is evaluated or saved.
+        """
+        if self.accelerator.device.type != "cpu":
+            self.heartbeat.enter("backward")  # whose end the host now waits for
+        agreed = sync.Agreed.read(told)
+        sync.check_finite(agreed, self.sync.own_losses, self.step + 1)
         return agreed
 
     def learning_rate(self) -> float:
@@ -184,7 +206,7 @@ class Trainer:
         values |= {"train/images_per_second": rate} | {f"time/{name}": round(s, 6) for name, s in times.items()}
         if self.accelerator.num_processes > 1:
             values |= self._name_the_slowest(times)
-        if self.accelerator.is_main_process:
+        if self.is_main:
             norms = {"train/gradient_norm": self.gradient_norm, "train/weight_norm": optim.norm(self.model.parameters())}
             values |= {name: norm for name, norm in norms.items() if math.isfinite(norm)}  # fp16 overflows now and then
         self.tracker.log(values, self.step, self.epoch)
@@ -230,7 +252,7 @@ class Trainer:
         if not all(bool(t.isfinite().all()) for t in self.model.state_dict().values()):
             raise Fault(f"a weight is not finite after step {self.step}; no checkpoint has seen it")
         of_sync = self.sync.state(self.optimizer)
-        failure = self._write_checkpoint(of_sync) if self.accelerator.is_main_process else None
+        failure = self._write_checkpoint(of_sync) if self.is_main else None
         if last:
             failure = runtime.on_main(self.accelerator, lambda: failure)
             if failure:
@@ -246,7 +268,7 @@ class Trainer:
         memory = gather_object([runtime.peak_memory_mb(self.accelerator.device)])
         if self.profiler:
             self.profiler.stop()
-        if self.accelerator.is_main_process:
+        if self.is_main:
             seen = self.order.images_seen(self.step)
             report = {
                 "test_correct": result.correct,
@@ -274,7 +296,7 @@ class Trainer:
     def _leave(self) -> None:
         """Ends a run that was asked to stop, after its checkpoint."""
         self.progress.close()
-        if self.accelerator.is_main_process:
+        if self.is_main:
             self.run.stop_file.unlink(missing_ok=True)
             note_end(self.run.folder, {"stopped": True})
             self.tracker.finish({})
@@ -303,10 +325,10 @@ class Trainer:
         """True where a multiple of `every` steps has been reached since the ranks last met; never for 0."""
         return every > 0 and self.step // every > self.met // every
 
-    def _is_common(self) -> bool:
-        """True where the weights of all ranks are evaluated or saved, and so must be equal."""
+    def _is_common(self, step: int) -> bool:
+        """True where the weights of all ranks after `step` are evaluated or saved, and so must be equal."""
         every = (self.evaluate_every, self.config.checkpoint.every_steps)
-        return self.step == self.last_step or any(steps and self.step % steps == 0 for steps in every)
+        return step == self.last_step or any(steps and step % steps == 0 for steps in every)
 
     def _networks(self) -> list[nn.Module]:
         return [self.model, self.judged] if self.ema else [self.model]

@@ -197,9 +197,9 @@ def test_each_image_is_seen_exactly_once_an_epoch(
     order = Order(count, batch_size, seed)
     start = epoch * order.steps_per_epoch
     shardings = [Sharding.of(world_size * accumulate, rank, world_size) for rank in range(world_size)]
-    by_rank = [list(order.epoch_loader(images, start, sharding)) for sharding in shardings]
+    by_rank = [list(order.epoch_batches(images, start, sharding)) for sharding in shardings]
     assert {len(batches) for batches in by_rank} == {order.steps_per_epoch}
-    one_process = list(order.epoch_loader(images, start, Sharding.of(1, 0, 1)))
+    one_process = list(order.epoch_batches(images, start, Sharding.of(1, 0, 1)))
     for at in range(order.steps_per_epoch):
         together = torch.cat([batches[at][2] for batches in by_rank])
         assert torch.equal(together, one_process[at][2]), "the ranks' shares in turn are the global batch"
@@ -217,8 +217,8 @@ def test_the_order_from_the_middle_is_the_rest_of_the_order(count: int, batch_si
     images = data.ImageSet(torch.zeros(count, 28, 28, dtype=torch.uint8), torch.zeros(count, dtype=torch.int64))
     order, whole = Order(count, batch_size, 0), Sharding.of(1, 0, 1)
     first = step - step % order.steps_per_epoch
-    all_batches = [batch[2].tolist() for batch in order.epoch_loader(images, first, whole)]
-    assert [batch[2].tolist() for batch in order.epoch_loader(images, step, whole)] == all_batches[step - first :]
+    all_batches = [batch[2].tolist() for batch in order.epoch_batches(images, first, whole)]
+    assert [batch[2].tolist() for batch in order.epoch_batches(images, step, whole)] == all_batches[step - first :]
 
 
 def test_the_order_depends_on_seed_and_epoch():
@@ -230,7 +230,7 @@ def test_loading_draws_nothing_from_the_global_generator(splits: Splits):
     torch.manual_seed(7)
     wanted = torch.rand(3)
     torch.manual_seed(7)
-    next(iter(Order(60000, 100, 0).epoch_loader(splits.train, 0, Sharding.of(1, 0, 1))))
+    next(iter(Order(60000, 100, 0).epoch_batches(splits.train, 0, Sharding.of(1, 0, 1))))
     assert torch.equal(torch.rand(3), wanted)
 
 
