@@ -43,6 +43,7 @@ Enter = Callable[..., None]  # told each phase of a step as it begins, with the 
 # What every rank knows after a meeting, float32 [2], on the device until somebody asks: the mean loss of the images since
 # the last meeting, and how many ranks were asked to stop.
 Told = Tensor
+Node = tuple[int, int]  # of a tree: its first leaf, and how many it has
 
 
 @dataclass(frozen=True)
@@ -286,15 +287,15 @@ class Exact(EveryStep):
             loss = scaler.scale(total / count) if scaler else total / count
             pieces = torch.autograd.grad(loss, self.parameters, materialize_grads=True)
             self.own_losses.append(total.detach())
-            tree.add(leaf, 1, torch.cat([*(piece.flatten() for piece in pieces), total.detach().view(1)]))
+            flat = [_flat(piece, parameter) for piece, parameter in zip(pieces, self.parameters, strict=True)]
+            tree.add(leaf, 1, torch.cat([*flat, total.detach().view(1)]))
             rows.append(self.statistics.of_last_forward())
         self.enter("sync")
         vector, all_rows, stops = self._meet(tree, rows, float(stop), min(count, self.sharding.parts))
         self.statistics.fold(all_rows)
         at = 0
         for parameter in self.parameters:
-            piece = vector[at : at + parameter.numel()].view(parameter.shape)
-            parameter.grad = torch.empty_like(parameter).copy_(piece)  # in the parameter's own memory layout
+            parameter.grad = vector.as_strided(parameter.size(), parameter.stride(), vector.storage_offset() + at)
             at += parameter.numel()
         return torch.stack([vector[-1] / count, stops])
 
@@ -304,49 +305,74 @@ class Exact(EveryStep):
     def _meet(self, tree: Tree, rows: list[Tensor], stop: float, leaves: int) -> tuple[Tensor, list[Tensor], Tensor]:
         """The root of the tree, the statistics of all `leaves` in their order, the sum of all `stop`. Collective.
 
-        As in a ring all-reduce, each rank first gets one slice of every node, finishes the tree on it, and then all
-        gather the slices: 2·(W-1)/W of a gradient sent by each rank where W is a power of two that divides the leaves,
-        and every rank thus holds one node; up to the number of its nodes times that elsewhere.
+        Two ranks send each other their nodes. More of them do as in a ring all-reduce: each first gets one slice of every
+        node and finishes the tree on it, and then all gather the slices. A rank thus sends 2·(W-1)/W of a gradient where W is
+        a power of two that divides the leaves, and every rank holds one node; up to the number of its nodes times that
+        elsewhere.
         """
-        device = self.parameters[0].device
-        own_stop = torch.full((1,), stop, device=device)
+        own_stop = torch.full((1,), stop, device=self.parameters[0].device)
         if self.world_size == 1:
             return tree.root(), rows, own_stop[0]
-        length = sum(p.numel() for p in self.parameters) + 1
-        width = -(-length // self.world_size)
-        own = torch.zeros(len(tree.nodes), self.world_size * width, device=device)
-        for row, (_, _, value) in zip(own, tree.nodes, strict=True):
-            row[:length] = value
         nodes = [self._nodes_of(rank, leaves) for rank in range(self.world_size)]
-        sizes = [len(n) * width for n in nodes]
-        received = torch.empty(sum(sizes), device=device)
-        by_rank = own.view(-1, self.world_size, width).transpose(0, 1).contiguous().flatten()
-        dist.all_to_all_single(received, by_rank, sizes, [sizes[self.rank]] * self.world_size)
-        finished = Tree()
-        for (start, size), value in zip((node for n in nodes for node in n), received.view(-1, width), strict=True):
-            finished.add(start, size, value)
+        length = sum(p.numel() for p in self.parameters) + 1
+        direct = self.world_size == 2
+        head = self._own_nodes(tree, max(map(len, nodes)), length) if direct else self._own_slice(tree, nodes, length)
 
         counts = [len(self._leaves_of(rank, leaves)) for rank in range(self.world_size)]
-        statistics = torch.zeros(max(counts), self.statistics.length, device=device)
+        statistics = head.new_zeros(max(counts), self.statistics.length)
         if rows:
             statistics[: len(rows)] = torch.stack(rows)
-        message = torch.cat([finished.root(), statistics.flatten(), own_stop])
+        message = torch.cat([head, statistics.flatten(), own_stop])
         gathered = [torch.empty_like(message) for _ in range(self.world_size)]
         dist.all_gather(gathered, message)
-        root = torch.cat([g[:width] for g in gathered])[:length]
-        all_rows = [row for g, n in zip(gathered, counts, strict=True) for row in g[width:-1].view(statistics.shape)[:n]]
+
+        heads = [g[: len(head)] for g in gathered]
+        root = _finish(nodes, [h.view(-1, length) for h in heads]) if direct else torch.cat(heads)[:length]
+        all_rows = [row for g, n in zip(gathered, counts, strict=True) for row in g[len(head) : -1].view(statistics.shape)[:n]]
         return root, all_rows, torch.stack([g[-1] for g in gathered]).sum()
+
+    def _own_nodes(self, tree: Tree, most: int, length: int) -> Tensor:
+        """This rank's nodes one after another, in a vector with room for `most` of them."""
+        room = self.parameters[0].new_zeros((most - len(tree.nodes)) * length)
+        return torch.cat([*(value for _, _, value in tree.nodes), room])
+
+    def _own_slice(self, tree: Tree, nodes: list[list[Node]], length: int) -> Tensor:
+        """The slice of the root that this rank finishes, from that slice of the nodes of all ranks. Collective."""
+        width = -(-length // self.world_size)
+        own = self.parameters[0].new_zeros(len(tree.nodes), self.world_size * width)
+        for row, (_, _, value) in zip(own, tree.nodes, strict=True):
+            row[:length] = value
+        sizes = [len(n) * width for n in nodes]
+        received = own.new_empty(sum(sizes))
+        by_rank = own.view(-1, self.world_size, width).transpose(0, 1).contiguous().flatten()
+        dist.all_to_all_single(received, by_rank, sizes, [sizes[self.rank]] * self.world_size)
+        return _finish(nodes, [part.view(-1, width) for part in received.split(sizes)])
 
     def _leaves_of(self, rank: int, leaves: int) -> range:
         """The leaves of `rank` that hold an image, where the first `leaves` do."""
         mine = Sharding.of(self.sharding.parts, rank, self.world_size).mine
         return range(min(mine.start, leaves), min(mine.stop, leaves))
 
-    def _nodes_of(self, rank: int, leaves: int) -> list[tuple[int, int]]:
+    def _nodes_of(self, rank: int, leaves: int) -> list[Node]:
         tree = Tree()
         for leaf in self._leaves_of(rank, leaves):
             tree.add(leaf, 1, torch.empty(0))
         return [(start, size) for start, size, _ in tree.nodes]
+
+
+def _flat(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """The numbers of `gradient` in the order in which those of `parameter` lie in memory."""
+    alike = gradient if gradient.stride() == parameter.stride() else torch.empty_like(parameter).copy_(gradient)
+    return alike.as_strided((alike.numel(),), (1,))
+
+
+def _finish(nodes: list[list[Node]], values: list[Tensor]) -> Tensor:
+    """The root over the nodes of all ranks, whose `values` are the first rows of a matrix for each rank."""
+    tree = Tree()
+    for theirs, rows in zip(nodes, values, strict=True):
+        for (start, size), row in zip(theirs, rows, strict=False):
+            tree.add(start, size, row)
+    return tree.root()
 
 
 @dataclass
@@ -569,7 +595,7 @@ def _register_hook(wrapped: DistributedDataParallel, compress: str, device: torc
     """
     if compress == "none":
         if dist.get_world_size() == 2 and device.type == "cpu":
-            wrapped.register_comm_hook(None, _exchange_and_add)
+            wrapped.register_comm_hook(None, lambda state, bucket: _exchange_and_add(bucket))
         return None
     from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 
@@ -582,7 +608,7 @@ def _register_hook(wrapped: DistributedDataParallel, compress: str, device: torc
     return None
 
 
-def _exchange_and_add(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def _exchange_and_add(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """A communication hook for two ranks: the mean of both gradients, by one message each way.
 
     A ring all-reduce sends as many bytes, but waits for its neighbour several times: on gloo, 0.65 against 0.75 ms or more.
