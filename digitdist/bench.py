@@ -38,7 +38,15 @@ from digitdist.tracking import read_metrics
 
 CONFIGS = Path(__file__).parent.parent / "configs"  # of a checkout
 RECIPES = ("fast", "sharp")
+ONE_IMAGE = "one image a step, one thread"
+A_SHARD_A_RANK = "exact, one shard a rank"
 TURN_S = 0.7  # seconds that one measurement of a loop takes
+IMPORTS = """
+import time, torch, accelerate
+ended = time.time()
+from digitdist import runtime
+print(ended, runtime.peak_memory_mb(torch.device("cpu"))["host"])
+"""
 QUIET = ("tracking.wandb=disabled", "run.report=false", "checkpoint.every_steps=0", "checkpoint.resume=never")
 
 Loop = Callable[[int], float]  # takes so many steps, and gives images a second
@@ -84,7 +92,10 @@ def bare(config: Config, plan: runtime.Plan, splits: Splits, **changed: Any) -> 
 
 
 def trainer(overrides: list[str], phases: list[dict[str, float]], steps: int) -> float:
-    """Images a second of the trainer itself, in a run that is removed; notes the seconds of its phases. Collective."""
+    """Images a second of the trainer itself, in a run that is removed; notes the seconds of its phases. Collective.
+
+    Every rank must call it.
+    """
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         fixed = [f"run.dir={folder}", "train.eval_every=0", f"train.max_steps={steps}", *QUIET]
         config, plan, splits, model = train.prepare([], [*overrides, *fixed])
@@ -141,17 +152,18 @@ def plain_way(config: Config, steps: int) -> float:
     return steps * config.data.batch_size / (time.perf_counter() - start)
 
 
-def start_up(overrides: list[str]) -> tuple[float, float]:
-    """Seconds from the command to its first step's line, and of importing torch and accelerate in a process of its own."""
+def start_up(overrides: list[str]) -> dict[str, tuple[float, float]]:
+    """Of the command up to its first step's line, and of a process that imports torch and accelerate: seconds, peak MB."""
     with tempfile.TemporaryDirectory() as folder:
         fixed = [f"run.dir={folder}", "run.name=a", "train.max_steps=1", "train.eval_every=0", *QUIET]
         began = time.time()
         command = [sys.executable, "-m", "digitdist.train", *overrides, *fixed]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         first = read_metrics(Path(folder) / "a")[0]["time"] - began
-    start = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "import torch, accelerate"], check=True)
-    return first, time.perf_counter() - start
+        (memory,) = json.loads((Path(folder) / "a/result.json").read_text())["peak_memory_mb"]
+    began = time.time()
+    ended, held = subprocess.run([sys.executable, "-c", IMPORTS], check=True, capture_output=True, text=True).stdout.split()
+    return {"command to first step": (first, memory["host"]), "import torch, accelerate": (float(ended) - began, float(held))}
 
 
 def in_turn(loops: dict[str, Loop], steps: dict[str, int], repeats: int) -> Rates:
@@ -176,10 +188,11 @@ def measure_one(overrides: list[str], repeats: int) -> dict[str, Any]:
     variants: dict[str, dict[str, Any]] = {
         f"data.batch_size={4 * size}": {"batch_size": 4 * size},
         "another layout than channels-last": {"channels_last": False},
-        "torch.compile": {"compiled": True},
+        "train.compile=default": {"compiled": True},
     }
     variants |= {f"train.threads={n}": {"threads": n} for n in {1, os.cpu_count() or 1} - {plan.threads}}
     variants |= {f"train.precision={p}": {"precision": p} for p in {"fp32", "bf16"} - {plan.precision}}
+    variants[ONE_IMAGE] = {"batch_size": 1, "threads": 1}
     for name, changed in variants.items():
         loops[name] = bare(config, plan, splits, **changed)
     steps = {name: max(1, round(TURN_S * loop(3) / _images(name, size))) for name, loop in loops.items()}
@@ -188,9 +201,10 @@ def measure_one(overrides: list[str], repeats: int) -> dict[str, Any]:
         rates["plain torchvision way"] = [fresh.submit(plain_way, config, 30).result() for _ in range(repeats)]
     starts = [start_up(overrides) for _ in range(3)]
     return {
+        "shards": config.sync.shards,
         "setting": f"{config.model.name}, batch {size}, {plan.precision}, {plan.threads} threads, {runtime.device_name(plan)}",
         "images_per_second": rates,
-        "start_up_s": {"command to first step": [a for a, _ in starts], "import torch, accelerate": [b for _, b in starts]},
+        "start_up": {name: {"s": [s[name][0] for s in starts], "mb": [s[name][1] for s in starts]} for name in starts[0]},
         "phases": {name: sum(p[name] for p in phases) for name in phases[0] if name != "slowest_rank"},
     }
 
@@ -210,8 +224,9 @@ def measure_world(overrides: list[str], repeats: int) -> dict[str, Any] | None:
         return plan.world.size * min(gather_object([loop(steps)]))
 
     loops: dict[str, Loop] = {name: partial(together, loop) for name, loop in single.items()}
-    for mode in ("ddp", "exact"):
-        loops[mode] = partial(trainer, [*overrides, f"sync.mode={mode}"], [])
+    loops["ddp"] = partial(trainer, [*overrides, "sync.mode=ddp"], [])
+    loops["exact"] = partial(trainer, [*overrides, "sync.mode=exact"], [])
+    loops[A_SHARD_A_RANK] = partial(trainer, [*overrides, "sync.mode=exact", f"sync.shards={plan.world.size}"], [])
     own = max(5, round(TURN_S * min(gather_object([single[f"{plan.world.size} bare loops"](5)])) / share["batch_size"]))
     rates = in_turn(loops, dict.fromkeys(loops, own), repeats)
     return {"images_per_second": rates} if accelerator.is_main_process else None
@@ -244,8 +259,9 @@ def in_words(one: dict[str, Any], world: int, rates: Rates) -> str:
     lines = [one["setting"], "", "one process, and its ratio to the bare loop"]
     lines += rows({name: speeds[name] for name in names}, "bare loop")
     lines += rows({name: speeds[name] for name in ("bare forward", "evaluation")}, "bare forward")
-    seconds = {name: statistics.median(values) for name, values in one["start_up_s"].items()}
-    lines += ["", *(f"  {name:36} {value:10.1f} s" for name, value in seconds.items())]
+    lines += [""]
+    for name, values in one["start_up"].items():
+        lines.append(f"  {name:36} {statistics.median(values['s']):10.2f} s   peak {statistics.median(values['mb']):.0f} MB")
     phases = one["phases"]
     shares = {name: s / phases["total"] for name, s in phases.items() if name != "total" and s / phases["total"] > 0.005}
     parts = ", ".join(f"{name} {100 * share:.0f} %" for name, share in sorted(shares.items(), key=lambda item: -item[1]))
@@ -254,8 +270,10 @@ def in_words(one: dict[str, Any], world: int, rates: Rates) -> str:
     if rates:
         lines += ["", f"{world} processes, and their ratio to loops that meet in a one-number all-reduce"]
         lines += rows(rates, meeting)
+        passes, cost = -(-one["shards"] // world), 1e3 / statistics.median(speeds[ONE_IMAGE])
+        lines.append(f"  in exact mode a rank runs {passes} shards one by one; a step of a single image takes {cost:.2f} ms")
     lines += ["", "what would help"]
-    known = {"bare forward", "evaluation", *names}
+    known = {"bare forward", "evaluation", ONE_IMAGE, *names}
     gains = {
         name: statistics.median(v) / statistics.median(speeds["bare loop"]) for name, v in speeds.items() if name not in known
     }
@@ -312,7 +330,7 @@ def run_recipe(file: Path, seed: int, overrides: list[str]) -> tuple[float, floa
 
 def _images(name: str, batch_size: int) -> int:
     """Images of one step of a loop, as far as its length is concerned."""
-    return 10000 if name in ("bare forward", "evaluation") else batch_size
+    return {"bare forward": 10000, "evaluation": 10000, ONE_IMAGE: 1}.get(name, batch_size)
 
 
 def main() -> None:

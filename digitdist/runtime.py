@@ -372,7 +372,11 @@ def on_main(accelerator: Accelerator, act: Callable[[], T]) -> T:
 
 def peak_memory_mb(device: torch.device) -> dict[str, float | None]:
     """The most memory that this process has held so far: of its host, and of its device where that has its own."""
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    if sys.platform == "linux":  # whose ru_maxrss begins with what the process held that has started this one
+        status = Path("/proc/self/status").read_text()
+        host = int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    else:
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     held = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     return {"host": round(host / 2**20, 1), "device": None if held is None else round(held / 2**20, 1)}
 

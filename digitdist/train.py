@@ -61,6 +61,7 @@ class Trainer:
     ):
         self.config, self.accelerator, self.run, self.heartbeat = config, accelerator, run, heartbeat
         self.is_main = accelerator.is_main_process  # asked in each step; Accelerate takes a while to say it
+        self.reads_at_once = accelerator.device.type == "cpu"  # what is told in a step; elsewhere the host would have to wait
         self.splits = splits.to(accelerator.device)
         self.order = Order(len(splits.train), config.data.batch_size, config.seed)
         self.total_steps = self.order.total_steps(config.train.epochs)
@@ -70,6 +71,7 @@ class Trainer:
         self.ema = None
         if config.optim.ema:
             self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.optim.ema))
+            self.ema.n_averaged = self.ema.n_averaged.cpu()  # it is looked at in each update
         self.optimizer = optim.build(self.model, config.optim)
         if config.train.compile != "none":
             self.model.compile(mode=config.train.compile)  # in place: the weights keep their names
@@ -172,11 +174,8 @@ class Trainer:
         return agreed
 
     def _looks_at(self, step: int) -> bool:
-        """Whether the host reads what was agreed on in `step`: on a CPU always, where it is there already.
-
-        It would have to wait for another device, so there it looks only where something is due, and learns then of a stop.
-        """
-        return self.accelerator.device.type == "cpu" or self._has_line(step) or self._is_common(step)
+        """Whether the host reads what was agreed on in `step`: on a CPU always, elsewhere where something is due."""
+        return self.reads_at_once or self._has_line(step) or self._is_common(step)
 
     def _read(self, told: sync.Told) -> sync.Agreed:
         """What was agreed on in this step, on the host. Collective where it raises.
@@ -184,7 +183,7 @@ class Trainer:
         Raises:
             Fault: the loss is not finite; no weight that it has reached is evaluated or saved.
         """
-        if self.accelerator.device.type != "cpu":
+        if not self.reads_at_once:
             self.heartbeat.enter("backward")  # whose end the host now waits for
         agreed = sync.Agreed.read(told)
         sync.check_finite(agreed, self.sync.own_losses, self.step + 1)

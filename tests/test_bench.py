@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from launching import python
 
-from digitdist.bench import in_words
+from digitdist.bench import A_SHARD_A_RANK, in_words
 
 
 @pytest.mark.slow
@@ -18,24 +18,29 @@ def test_every_loop_is_measured_in_turn_beside_the_bare_one(place: Path):
     assert done.code == 0, done.err
     measured = json.loads(done.out)
     rates = measured["images_per_second"]
-    assert {"bare loop", "trainer", "plain torchvision way", "bare forward", "evaluation", "torch.compile"} <= set(rates)
-    assert set(measured["world"]) == {"2 bare loops", "bare loops that meet once a step", "ddp", "exact"}
+    assert {"bare loop", "trainer", "plain torchvision way", "bare forward", "evaluation", "train.compile=default"} <= set(
+        rates
+    )
+    assert set(measured["world"]) == {"2 bare loops", "bare loops that meet once a step", "ddp", "exact", A_SHARD_A_RANK}
     assert all(rate > 0 for values in (rates | measured["world"]).values() for rate in values)
     assert measured["phases"]["compute"] < measured["phases"]["total"]
-    assert len(measured["start_up_s"]["command to first step"]) == 3
+    assert len(measured["start_up"]["command to first step"]["s"]) == 3
+    memory = {name: values["mb"] for name, values in measured["start_up"].items()}
+    assert all(100 < mb < 4000 for values in memory.values() for mb in values)
 
 
 def test_the_table_has_ratios_of_the_same_turn_and_says_what_helps():
     speeds = {"bare loop": [100.0, 50.0], "trainer": [90.0, 48.0], "plain torchvision way": [10.0, 10.0]}
     speeds |= {"bare forward": [300.0, 300.0], "evaluation": [297.0, 270.0]}
-    speeds |= {"data.batch_size=400": [200.0, 100.0], "torch.compile": [50.0, 25.0]}
-    one = {"setting": "cnn", "images_per_second": speeds, "start_up_s": {"command to first step": [3.0]}}
+    speeds |= {"data.batch_size=400": [200.0, 100.0], "train.compile=default": [50.0, 25.0]}
+    one = {"setting": "cnn", "images_per_second": speeds, "start_up": {"command to first step": {"s": [3.0], "mb": [600]}}}
     one["phases"] = {"total": 10.0, "compute": 8.0, "optimizer": 1.5, "data": 0.5, "sync": 0.0}
     lines = in_words(one, 1, {}).splitlines()
     assert any("trainer" in line and "0.93 (0.90 to 0.96)" in line for line in lines)
     assert any("evaluation" in line and "0.95 (0.90 to 0.99)" in line for line in lines)
     assert any("data.batch_size=400" in line and line.endswith("2.00 of the speed: helps") for line in lines)
-    assert any("torch.compile" in line and line.endswith("0.50 of the speed: costs") for line in lines)
+    assert any("3.00 s   peak 600 MB" in line for line in lines)
+    assert any("train.compile=default" in line and line.endswith("0.50 of the speed: costs") for line in lines)
     assert lines[-1] == "this machine is limited by compute: 80 % of a step"
 
 

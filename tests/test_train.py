@@ -11,8 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import transfers
 from launching import CLEAN, QUIET, events, only_run, python, result
 
+from digitdist import runtime, train
 from digitdist.checkpoint import folders, read, weights_sha256
 from digitdist.tracking import read_metrics
 
@@ -161,3 +164,38 @@ def test_options_of_training_all_work_together(place: Path):
     assert len(rates) == 30
     assert 0.009 < max(rates) <= 0.01
     assert rates[0] == pytest.approx(0.01 / 25)
+
+
+@pytest.mark.parametrize("mode", ["ddp", "exact"])
+@pytest.mark.parametrize("extra", [(), ("augment.rotate=9", "optim.clip_norm=1", "train.accumulate=3")])
+def test_a_step_in_which_nothing_is_due_brings_nothing_to_the_host(
+    place: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, mode: str, extra: tuple[str, ...]
+):
+    request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))  # which exact mode switches on
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(runtime.signal, "signal", lambda *_: None)
+    config, plan, splits, model = train.prepare([], [f"sync.mode={mode}", "tracking.wandb=disabled", "data.root=data", *extra])
+    accelerator = runtime.start(config, plan)
+    run = train.open_run(config, plan, 100, [], [])
+    trainer = train.Trainer(config, accelerator, splits, model, run, runtime.Heartbeat(run.heartbeat, plan.world))
+    trainer.reads_at_once = False  # as where the device is another one
+    batches = trainer.order.epoch_batches(trainer.splits.train, 0, trainer.sync.sharding)
+    with transfers.none_allowed():
+        for _ in range(config.train.log_every - 1):
+            assert trainer.train_step(next(batches)) is None
+        with pytest.raises(transfers.Transfer):
+            trainer.train_step(next(batches))  # which has a line
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_compiled_model_trains_and_its_weights_keep_their_names(place: Path):
+    options = ("train.max_steps=30", "data.batch_size=1000", "data.eval_batch_size=10000", "train.compile=default")
+    done = python(*TRAIN, *QUIET, *options, "run.name=a", cwd=place, timeout=280)
+    assert done.code == 0, done.err
+    plain = python(*TRAIN, *QUIET, *options[:-1], "run.name=b", cwd=place)
+    assert plain.code == 0, plain.err
+    a, b = (read(folders(place / "runs" / name / "checkpoints")[-1]).tensors["model"] for name in "ab")
+    assert set(a) == set(b)
+    losses = [[line["train/loss"] for line in events(place / "runs" / name) if "train/loss" in line] for name in "ab"]
+    assert losses[0] == pytest.approx(losses[1], rel=0.2)  # dropout draws other numbers in compiled code
