@@ -214,15 +214,16 @@ class Ddp(EveryStep):
         self.ready = time.perf_counter()
 
     def _settle_buckets(self, device: torch.device) -> None:
-        """Runs a step without images. Collective.
+        """Runs two steps without images. Collective.
 
-        DistributedDataParallel rebuilds its buckets once, after its first step, and sums in another order from then on: the
-        first step after a restart would have other bits than it had without.
+        DistributedDataParallel rebuilds its buckets once, after its first step (with a static graph, its second), and sums in
+        another order from then on: the first steps after a restart would have other bits than they had without.
         """
         if self.world_size > 1:
             images, labels = torch.zeros(0, 28, 28, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64)
-            self.wrapped(images.to(device), labels.to(device), 0, 0, 1.0, 0.0).backward()
-            self.wrapped.zero_grad()
+            for _ in range(2):
+                self.wrapped(images.to(device), labels.to(device), 0, 0, 1.0, 0.0).backward()
+                self.wrapped.zero_grad()
 
     def agree_on_buffers(self, networks: Sequence[nn.Module]) -> None:
         """Sends rank 0's buffers to all, as DistributedDataParallel would before each forward. Collective.
