@@ -1,4 +1,4 @@
-"""Data sets as uint8 tensors, the order in which a training goes through them, and the loaders, sharded over ranks.
+"""Data sets as uint8 tensors, the order in which a training goes through them, and each rank's share of its batches.
 
 Position is the step alone: the permutation of an epoch depends on `(seed, epoch)`, a global batch is the next stretch of
 it, and a rank's share is the next stretch of that. Nothing here needs a process group.

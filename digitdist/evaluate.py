@@ -99,11 +99,10 @@ def evaluate(accelerator: Accelerator, model: nn.Module, images: ImageSet, confi
     order = order[named[order, 0] >= 0]
     index, label = named[order].T
     certify(index.numpy(), images.indices)
-    # Of all images at once, so that world size cannot enter.
-    scores = scores[order]
-    probability, prediction = scores.softmax(1).max(1)
-    loss = F.cross_entropy(scores, label, reduction="none")
-    return Evaluation(*(part.numpy() for part in (index, label, prediction, probability, loss)))
+    log_probability = scores[order].log_softmax(1)  # of all images at once, so that world size cannot enter
+    highest, prediction = log_probability.max(1)
+    loss = F.nll_loss(log_probability, label, reduction="none")
+    return Evaluation(*(part.numpy() for part in (index, label, prediction, highest.exp(), loss)))
 
 
 def certify(index: np.ndarray, wanted: Tensor) -> None:
