@@ -33,7 +33,6 @@ from digitdist import evaluate, optim, runtime, train
 from digitdist.config import Config, Parser, UserError
 from digitdist.data import SPECS, Splits, normalise
 from digitdist.models import build
-from digitdist.sync import await_device
 from digitdist.tracking import read_metrics
 
 CONFIGS = Path(__file__).parent.parent / "configs"  # of a checkout
@@ -89,6 +88,12 @@ def bare(config: Config, plan: runtime.Plan, splits: Splits, **changed: Any) -> 
 
     loop(3)  # what is made on first use
     return loop
+
+
+def await_device(device: torch.device) -> None:
+    """Waits for what the host has asked of `device`."""
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize()
 
 
 def trainer(overrides: list[str], phases: list[dict[str, float]], steps: int) -> float:

@@ -622,12 +622,6 @@ def _exchange_and_add(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     return done
 
 
-def await_device(device: torch.device) -> None:
-    """Waits for what the host has asked of `device`."""
-    if device.type != "cpu":
-        torch.get_device_module(device).synchronize()
-
-
 def slowest_rank(accelerator: Accelerator, seconds: float) -> tuple[int, float]:
     """The rank that has needed most `seconds` of its own, and by what part more than the median of the others. Collective."""
     own = accelerator.gather(torch.tensor([seconds], device=accelerator.device)).tolist()
