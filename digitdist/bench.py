@@ -7,6 +7,7 @@ python -m digitdist.bench --recipes --seeds 20
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import math
@@ -97,10 +98,8 @@ def await_device(device: torch.device) -> None:
 
 
 def trainer(overrides: list[str], phases: list[dict[str, float]], steps: int) -> float:
-    """Images a second of the trainer itself, in a run that is removed; notes the seconds of its phases. Collective.
-
-    Every rank must call it.
-    """
+    """Images a second of the trainer itself, in a run that is removed; notes the seconds of its phases. Collective: every
+    rank must call it."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         fixed = [f"run.dir={folder}", "train.eval_every=0", f"train.max_steps={steps}", *QUIET]
         config, plan, splits, model = train.prepare([], [*overrides, *fixed])
@@ -173,6 +172,7 @@ def start_up(overrides: list[str]) -> dict[str, tuple[float, float]]:
 
 def in_turn(loops: dict[str, Loop], steps: dict[str, int], repeats: int) -> Rates:
     """Each loop's images a second, `repeats` times, one after another in each turn."""
+    gc.freeze()  # as the command does, before the trainers that are made here, which must go again
     rates: Rates = {name: [] for name in loops}
     for _ in range(repeats):
         for name, loop in loops.items():

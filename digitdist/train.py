@@ -113,7 +113,6 @@ class Trainer:
             Fault: the loss is not finite (no weight and no checkpoint has seen it), the ranks' weights differ, or the last
                 checkpoint cannot be written.
         """
-        gc.freeze()  # what is there stays: to look through all of torch for garbage takes 0.1 s in the middle of a step
         self.heartbeat.lap()
         self.heartbeat.enter("data")
         mark = time.perf_counter()
@@ -819,6 +818,7 @@ def main() -> None:
     else:
         say(introduction(config, plan, splits, order, last_step, run))
         heartbeat = runtime.Heartbeat(run.heartbeat, plan.world)
+        gc.freeze()  # what is there stays: to look through all of torch for garbage takes 0.1 s in the middle of a step
         with blaming(heartbeat, run):
             Trainer(config, accelerator, splits, model, run, heartbeat).train()
         run.heartbeat.unlink(missing_ok=True)
