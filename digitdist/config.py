@@ -81,6 +81,7 @@ class AugmentConfig:
     shift: float = key(0.0, "largest random shift of a training image, in pixels", low=0, high=14)
     rotate: float = key(0.0, "largest random rotation, in degrees", low=0, high=180)
     scale: float = key(0.0, "largest random change of size, as a fraction", low=0, high=0.9)
+    shear: float = key(0.0, "largest random slant, in pixels to the side a pixel of height", low=0, high=2)
 
 
 @dataclass

@@ -134,20 +134,22 @@ def normalise(images: Tensor, spec: Spec) -> Tensor:
 
 
 def augment(images: Tensor, config: AugmentConfig, background: float) -> Tensor:
-    """Each image of float32 [n, 1, 28, 28] shifted, rotated and scaled at random, drawn from torch's generator."""
-    if not (config.shift or config.rotate or config.scale) or not len(images):
+    """Each image of float32 [n, 1, 28, 28] shifted, rotated, scaled and sheared at random, drawn from torch's generator."""
+    if not (config.shift or config.rotate or config.scale or config.shear) or not len(images):
         return images
-    drawn = 2 * torch.rand(4, len(images)) - 1  # on the CPU everywhere
-    angle, scale, shift_x, shift_y = sent(drawn, images.device)
+    drawn = 2 * torch.rand(5, len(images), 1) - 1  # on the CPU everywhere
+    angle, scale, shear, shift_x, shift_y = sent(drawn, images.device)
     angle, scale = torch.deg2rad(config.rotate * angle), 1 + config.scale * scale
-    cos, sin = (angle.cos() / scale)[:, None], (angle.sin() / scale)[:, None]
+    cos, sin, shear = angle.cos() / scale, angle.sin() / scale, config.shear * shear
     size = images.shape[-1]
     pixel = 2 / size  # in grid_sample's units, where an image reaches from -1 to 1
     along = (torch.arange(size, device=images.device) - (size - 1) / 2) * pixel
-    # F.affine_grid's product of matrices as two sums a pixel: a third of the whole time.
+    # Where a pixel comes from, [[cos, -sin], [sin, cos]] @ [[1, shear], [0, 1]] @ (x, y) + shift, as two sums a pixel:
+    # F.affine_grid's product of matrices is a third of the whole time.
+    from_x, from_y = cos * along + config.shift * pixel * shift_x, sin * along + config.shift * pixel * shift_y
     grid = torch.empty(len(images), size, size, 2, device=images.device)
-    torch.sub((cos * along + config.shift * pixel * shift_x[:, None])[:, None], (sin * along)[..., None], out=grid[..., 0])
-    torch.add((sin * along + config.shift * pixel * shift_y[:, None])[:, None], (cos * along)[..., None], out=grid[..., 1])
+    torch.add(from_x[:, None], ((cos * shear - sin) * along)[..., None], out=grid[..., 0])
+    torch.add(from_y[:, None], ((sin * shear + cos) * along)[..., None], out=grid[..., 1])
     return F.grid_sample(images - background, grid, align_corners=False).add_(background)
 
 

@@ -254,6 +254,43 @@ def test_augmentation_moves_images_and_keeps_the_background(splits: Splits):
     assert ((moved_ink / ink - 1).abs() < 0.4).all()
 
 
+def test_a_sheared_image_has_its_rows_where_they_were(splits: Splits):
+    pixels = splits.train.images[:50].unsqueeze(1).float()
+    torch.manual_seed(0)
+    moved = data.augment(pixels, AugmentConfig(shear=0.2), 0.0)
+    assert torch.allclose(moved.sum(3), pixels.sum(3), rtol=1e-3, atol=1)
+    columns = torch.arange(28.0)
+    shift = ((moved * columns).sum(3) / moved.sum(3) - (pixels * columns).sum(3) / pixels.sum(3))[:, 0]
+    inked = pixels[:, 0].sum(2) > 500
+    slant = (shift / (torch.arange(28) - 13.5)).masked_fill(~inked, torch.nan)
+    assert slant.nanmean(1).abs().max() <= 0.201 and slant.nanmean(1).std() > 0.08
+    # One slant an image: every row says the same.
+    assert ((slant - slant.nanmean(1, keepdim=True)).abs().nan_to_num() < 0.01).all()
+
+
+def test_an_augmented_image_is_the_affine_map_of_what_was_drawn():
+    images, config = torch.rand(50, 1, 28, 28), AugmentConfig(shift=2, rotate=20, scale=0.2, shear=0.3)
+    torch.manual_seed(0)
+    moved = data.augment(images, config, -0.4)
+    torch.manual_seed(0)
+    angle, scale, shear, *shift = (2 * torch.rand(5, 50) - 1).unbind()
+    angle = torch.deg2rad(config.rotate * angle)
+    rotation = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(50, 2, 2)
+    slant = torch.eye(2).repeat(50, 1, 1)
+    slant[:, 0, 1] = config.shear * shear
+    matrix = rotation @ slant / (1 + config.scale * scale)[:, None, None]
+    theta = torch.cat([matrix, torch.stack(shift, 1)[..., None] * config.shift * 2 / 28], 2)
+    grid = torch.nn.functional.affine_grid(theta, [50, 1, 28, 28], align_corners=False)
+    wanted = torch.nn.functional.grid_sample(images + 0.4, grid, align_corners=False) - 0.4
+    assert torch.allclose(moved, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["shift", "rotate", "scale", "shear"])
+def test_each_augmentation_works_alone(kind: str, splits: Splits):
+    pixels = splits.train.images[:5].unsqueeze(1).float()
+    assert not torch.equal(data.augment(pixels, AugmentConfig(**{kind: 0.5}), 0.0), pixels)
+
+
 def test_a_whole_shift_is_a_whole_shift(splits: Splits):
     pixels = splits.train.images[:5].unsqueeze(1).float()
     theta = torch.tensor([[1.0, 0, 2 / 28 * 3], [0, 1, 0]]).expand(5, 2, 3)
