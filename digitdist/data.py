@@ -130,7 +130,7 @@ def load_splits(config: DataConfig, seed: int) -> Splits:
 
 def normalise(images: Tensor, spec: Spec) -> Tensor:
     """uint8 [n, 28, 28] to float32 [n, 1, 28, 28] of about zero mean and unit deviation, on the images' device."""
-    return images.unsqueeze(1).sub(255 * spec.mean).div_(255 * spec.std)
+    return images.unsqueeze(1).float().sub_(255 * spec.mean).mul_(1 / (255 * spec.std))
 
 
 def augment(images: Tensor, config: AugmentConfig, background: float) -> Tensor:
