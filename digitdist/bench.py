@@ -39,6 +39,8 @@ from digitdist.tracking import read_metrics
 CONFIGS = Path(__file__).parent.parent / "configs"  # of a checkout
 RECIPES = ("fast", "sharp")
 ONE_IMAGE = "one image a step, one thread"
+MEETING = "bare loops that meet once a step"
+A_GRADIENT = "bare loops, gradient-sized all-reduce"
 A_SHARD_A_RANK = "exact, one shard a rank"
 TURN_S = 0.7  # seconds that one measurement of a loop takes
 IMPORTS = """
@@ -56,8 +58,8 @@ Rates = dict[str, list[float]]  # images a second of each loop, one number a tur
 def bare(config: Config, plan: runtime.Plan, splits: Splits, **changed: Any) -> Loop:
     """Forward, backward and update on tensors in memory, and nothing else: the most that PyTorch gives this network here.
 
-    `changed` are another batch_size, threads or precision, channels_last=False, compiled=True, or meet=True: ranks then
-    meet in a one-number all-reduce after each step.
+    `changed` are another batch_size, threads or precision, channels_last=False, compiled=True, or meet=N: ranks then
+    meet in an all-reduce of N numbers after each step.
     """
     size, threads = changed.get("batch_size", config.data.batch_size), changed.get("threads", plan.threads)
     layout = torch.channels_last if changed.get("channels_last", True) else torch.contiguous_format
@@ -83,7 +85,7 @@ def bare(config: Config, plan: runtime.Plan, splits: Splits, **changed: Any) -> 
             optimizer.step()
             optimizer.zero_grad()
             if changed.get("meet"):
-                dist.all_reduce(torch.zeros(1, device=device))
+                dist.all_reduce(torch.zeros(changed["meet"], device=device))
         await_device(device)
         return steps * size / (time.perf_counter() - start)
 
@@ -219,9 +221,11 @@ def measure_world(overrides: list[str], repeats: int) -> dict[str, Any] | None:
     config, plan, splits, _ = train.prepare([], overrides)
     accelerator = runtime.start(config, plan)
     share = {"batch_size": -(-config.data.batch_size // plan.world.size)}
+    weights = sum(p.numel() for p in build(config.model, config.seed).parameters())
     single: dict[str, Loop] = {
         f"{plan.world.size} bare loops": bare(config, plan, splits, **share),
-        "bare loops that meet once a step": bare(config, plan, splits, **share, meet=True),
+        MEETING: bare(config, plan, splits, **share, meet=1),
+        A_GRADIENT: bare(config, plan, splits, **share, meet=weights),
     }
 
     def together(loop: Loop, steps: int) -> float:
@@ -253,7 +257,7 @@ def rows(rates: Rates, base: str) -> list[str]:
     for name, values in rates.items():
         ratios = [a / b for a, b in zip(values, rates[base], strict=True)]
         spread = f"{statistics.median(ratios):5.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        lines.append(f"  {name:36} {statistics.median(values):>10,.0f} images/s   {spread}")
+        lines.append(f"  {name:38} {statistics.median(values):>10,.0f} images/s   {spread}")
     return lines
 
 
@@ -266,15 +270,14 @@ def in_words(one: dict[str, Any], world: int, rates: Rates) -> str:
     lines += rows({name: speeds[name] for name in ("bare forward", "evaluation")}, "bare forward")
     lines += [""]
     for name, values in one["start_up"].items():
-        lines.append(f"  {name:36} {statistics.median(values['s']):10.2f} s   peak {statistics.median(values['mb']):.0f} MB")
+        lines.append(f"  {name:38} {statistics.median(values['s']):10.2f} s   peak {statistics.median(values['mb']):.0f} MB")
     phases = one["phases"]
     shares = {name: s / phases["total"] for name, s in phases.items() if name != "total" and s / phases["total"] > 0.005}
     parts = ", ".join(f"{name} {100 * share:.0f} %" for name, share in sorted(shares.items(), key=lambda item: -item[1]))
-    lines += [f"  {'a step of the trainer':36} {parts}"]
-    meeting = "bare loops that meet once a step"
+    lines += [f"  {'a step of the trainer':38} {parts}"]
     if rates:
         lines += ["", f"{world} processes, and their ratio to loops that meet in a one-number all-reduce"]
-        lines += rows(rates, meeting)
+        lines += rows(rates, MEETING)
         passes, cost = -(-one["shards"] // world), 1e3 / statistics.median(speeds[ONE_IMAGE])
         lines.append(f"  in exact mode a rank runs {passes} shards one by one; a step of a single image takes {cost:.2f} ms")
     lines += ["", "what would help"]
