@@ -40,7 +40,6 @@ CONFIGS = Path(__file__).parent.parent / "configs"  # of a checkout
 RECIPES = ("fast", "sharp")
 ONE_IMAGE = "one image a step, one thread"
 MEETING = "bare loops that meet once a step"
-A_GRADIENT = "bare loops, gradient-sized all-reduce"
 A_SHARD_A_RANK = "exact, one shard a rank"
 TURN_S = 0.7  # seconds that one measurement of a loop takes
 IMPORTS = """
@@ -225,7 +224,7 @@ def measure_world(overrides: list[str], repeats: int) -> dict[str, Any] | None:
     single: dict[str, Loop] = {
         f"{plan.world.size} bare loops": bare(config, plan, splits, **share),
         MEETING: bare(config, plan, splits, **share, meet=1),
-        A_GRADIENT: bare(config, plan, splits, **share, meet=weights),
+        "bare loops, gradient-sized all-reduce": bare(config, plan, splits, **share, meet=weights),
     }
 
     def together(loop: Loop, steps: int) -> float:
