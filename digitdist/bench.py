@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch import Tensor
 from torch.nn import functional as F
 
 from digitdist import evaluate, optim, runtime, train
@@ -39,6 +40,8 @@ from digitdist.tracking import read_metrics
 CONFIGS = Path(__file__).parent.parent / "configs"  # of a checkout
 RECIPES = ("fast", "sharp")
 ONE_IMAGE = "one image a step, one thread"
+FETCHING = "bare loop, its images fetched"
+NORMALISING = "bare forward, its images normalised"
 MEETING = "bare loops that meet once a step"
 A_SHARD_A_RANK = "exact, one shard a rank"
 TURN_S = 0.7  # seconds that one measurement of a loop takes
@@ -57,15 +60,17 @@ Rates = dict[str, list[float]]  # images a second of each loop, one number a tur
 def bare(config: Config, plan: runtime.Plan, splits: Splits, **changed: Any) -> Loop:
     """Forward, backward and update on tensors in memory, and nothing else: the most that PyTorch gives this network here.
 
-    `changed` are another batch_size, threads or precision, channels_last=False, compiled=True, or meet=N: ranks then
-    meet in an all-reduce of N numbers after each step.
+    `changed` are another batch_size, threads or precision, channels_last=False, compiled=True, fetched=True (each batch is
+    picked from the data set and normalised, as a training must), or meet=N: ranks then meet in an all-reduce of N numbers
+    after each step.
     """
     size, threads = changed.get("batch_size", config.data.batch_size), changed.get("threads", plan.threads)
     layout = torch.channels_last if changed.get("channels_last", True) else torch.contiguous_format
     device = torch.device("cpu" if plan.cpu else plan.device_type)
     kept = min(len(splits.train), max(20 * size, 2000))
-    pixels = normalise(splits.train.images[:kept].to(device), SPECS[config.data.name]).contiguous(memory_format=layout)
-    labels = splits.train.labels[:kept].to(device)
+    spec, images = SPECS[config.data.name], splits.train.images[:kept].to(device)
+    pixels = normalise(images, spec).contiguous(memory_format=layout)
+    labels, places = splits.train.labels[:kept].to(device), torch.randperm(kept).to(device)
     model = build(config.model, config.seed).to(device).to(memory_format=layout)
     optimizer = optim.build(model, config.optim)
     if changed.get("compiled"):
@@ -78,8 +83,12 @@ def bare(config: Config, plan: runtime.Plan, splits: Splits, **changed: Any) -> 
         start = time.perf_counter()
         for step in range(steps):
             at = step * size % (kept - size + 1)
+            batch, wanted = pixels[at : at + size], labels[at : at + size]
+            if changed.get("fetched"):
+                here = places[at : at + size]
+                batch, wanted = normalise(images.index_select(0, here), spec), labels.index_select(0, here)
             with torch.autocast(device.type, kind, enabled=kind is not None):
-                loss = F.cross_entropy(model(pixels[at : at + size]), labels[at : at + size])
+                loss = F.cross_entropy(model(batch), wanted)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -115,12 +124,13 @@ def trainer(overrides: list[str], phases: list[dict[str, float]], steps: int) ->
         return one.order.images_seen(steps) / one.train_seconds
 
 
-def evaluation(config: Config, accelerator: Accelerator, splits: Splits) -> tuple[Loop, Loop]:
-    """The whole evaluation of the test images, and the bare forward pass over them, one chunk after another."""
+def evaluation(config: Config, accelerator: Accelerator, splits: Splits) -> dict[str, Loop]:
+    """The bare forward pass over the test images, one chunk after another; that with the images normalised in it; and the
+    whole evaluation."""
     model = build(config.model, config.seed).to(accelerator.device).to(memory_format=torch.channels_last).eval()
     size = -(-config.data.eval_batch_size // config.sync.shards)
-    test = splits.test.to(accelerator.device)
-    chunks = normalise(test.images, SPECS[config.data.name]).split(size)
+    test, spec = splits.test.to(accelerator.device), SPECS[config.data.name]
+    raw, ready = test.images.split(size), normalise(test.images, spec).split(size)
 
     def whole(steps: int) -> float:
         start = time.perf_counter()
@@ -128,15 +138,17 @@ def evaluation(config: Config, accelerator: Accelerator, splits: Splits) -> tupl
             evaluate.evaluate(accelerator, model, test, config)
         return steps * len(test) / (time.perf_counter() - start)
 
-    def forward(steps: int) -> float:
+    def forward(chunks: Sequence[Tensor], prepare: Callable[[Tensor], Tensor], steps: int) -> float:
         start = time.perf_counter()
         with torch.inference_mode(), accelerator.autocast():
-            for chunk in chunks * steps:
-                model(chunk)
+            for _ in range(steps):
+                for chunk in chunks:
+                    model(prepare(chunk))
         await_device(accelerator.device)
         return steps * len(test) / (time.perf_counter() - start)
 
-    return whole, forward
+    normalising = partial(forward, raw, lambda chunk: normalise(chunk, spec))
+    return {"bare forward": partial(forward, ready, lambda chunk: chunk), NORMALISING: normalising, "evaluation": whole}
 
 
 def plain_way(config: Config, steps: int) -> float:
@@ -186,10 +198,9 @@ def measure_one(overrides: list[str], repeats: int) -> dict[str, Any]:
     config, plan, splits, _ = train.prepare([], overrides)
     accelerator = runtime.start(config, plan)
     phases: list[dict[str, float]] = []
-    base = bare(config, plan, splits)
-    whole, forward = evaluation(config, accelerator, splits)
-    loops: dict[str, Loop] = {"bare loop": base, "trainer": partial(trainer, overrides, phases)}
-    loops |= {"bare forward": forward, "evaluation": whole}
+    loops: dict[str, Loop] = {"bare loop": bare(config, plan, splits), FETCHING: bare(config, plan, splits, fetched=True)}
+    loops["trainer"] = partial(trainer, overrides, phases)
+    loops |= evaluation(config, accelerator, splits)
     size = config.data.batch_size
     variants: dict[str, dict[str, Any]] = {
         f"data.batch_size={4 * size}": {"batch_size": 4 * size},
@@ -263,10 +274,11 @@ def rows(rates: Rates, base: str) -> list[str]:
 def in_words(one: dict[str, Any], world: int, rates: Rates) -> str:
     """The whole measurement as a table, and what it says of this machine."""
     speeds: Rates = one["images_per_second"]
-    names = ("bare loop", "trainer", "plain torchvision way")
+    names = ("bare loop", FETCHING, "trainer", "plain torchvision way")
+    of_evaluation = ("bare forward", NORMALISING, "evaluation")
     lines = [one["setting"], "", "one process, and its ratio to the bare loop"]
     lines += rows({name: speeds[name] for name in names}, "bare loop")
-    lines += rows({name: speeds[name] for name in ("bare forward", "evaluation")}, "bare forward")
+    lines += rows({name: speeds[name] for name in of_evaluation}, "bare forward")
     lines += [""]
     for name, values in one["start_up"].items():
         lines.append(f"  {name:38} {statistics.median(values['s']):10.2f} s   peak {statistics.median(values['mb']):.0f} MB")
@@ -280,7 +292,7 @@ def in_words(one: dict[str, Any], world: int, rates: Rates) -> str:
         passes, cost = -(-one["shards"] // world), 1e3 / statistics.median(speeds[ONE_IMAGE])
         lines.append(f"  in exact mode a rank runs {passes} shards one by one; a step of a single image takes {cost:.2f} ms")
     lines += ["", "what would help"]
-    known = {"bare forward", "evaluation", ONE_IMAGE, *names}
+    known = {ONE_IMAGE, *names, *of_evaluation}
     gains = {
         name: statistics.median(v) / statistics.median(speeds["bare loop"]) for name, v in speeds.items() if name not in known
     }
@@ -337,7 +349,7 @@ def run_recipe(file: Path, seed: int, overrides: list[str]) -> tuple[float, floa
 
 def _images(name: str, batch_size: int) -> int:
     """Images of one step of a loop, as far as its length is concerned."""
-    return {"bare forward": 10000, "evaluation": 10000, ONE_IMAGE: 1}.get(name, batch_size)
+    return {"bare forward": 10000, NORMALISING: 10000, "evaluation": 10000, ONE_IMAGE: 1}.get(name, batch_size)
 
 
 def main() -> None:

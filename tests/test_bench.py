@@ -18,9 +18,8 @@ def test_every_loop_is_measured_in_turn_beside_the_bare_one(place: Path):
     assert done.code == 0, done.err
     measured = json.loads(done.out)
     rates = measured["images_per_second"]
-    assert {"bare loop", "trainer", "plain torchvision way", "bare forward", "evaluation", "train.compile=default"} <= set(
-        rates
-    )
+    one = {"bare loop", "bare loop, its images fetched", "trainer", "plain torchvision way", "train.compile=default"}
+    assert one | {"bare forward", "bare forward, its images normalised", "evaluation"} <= set(rates)
     bare = {"2 bare loops", "bare loops that meet once a step", "bare loops, gradient-sized all-reduce"}
     assert set(measured["world"]) == bare | {"ddp", "exact", A_SHARD_A_RANK}
     assert all(rate > 0 for values in (rates | measured["world"]).values() for rate in values)
@@ -31,8 +30,9 @@ def test_every_loop_is_measured_in_turn_beside_the_bare_one(place: Path):
 
 
 def test_the_table_has_ratios_of_the_same_turn_and_says_what_helps():
-    speeds = {"bare loop": [100.0, 50.0], "trainer": [90.0, 48.0], "plain torchvision way": [10.0, 10.0]}
-    speeds |= {"bare forward": [300.0, 300.0], "evaluation": [297.0, 270.0]}
+    speeds = {"bare loop": [100.0, 50.0], "bare loop, its images fetched": [95.0, 49.0], "trainer": [90.0, 48.0]}
+    speeds |= {"plain torchvision way": [10.0, 10.0], "bare forward": [300.0, 300.0], "evaluation": [297.0, 270.0]}
+    speeds |= {"bare forward, its images normalised": [298.0, 280.0]}
     speeds |= {"data.batch_size=400": [200.0, 100.0], "train.compile=default": [50.0, 25.0]}
     one = {"setting": "cnn", "images_per_second": speeds, "start_up": {"command to first step": {"s": [3.0], "mb": [600]}}}
     one["phases"] = {"total": 10.0, "compute": 8.0, "optimizer": 1.5, "data": 0.5, "sync": 0.0}
