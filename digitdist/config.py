@@ -74,6 +74,9 @@ class DataConfig:
     batch_size: int = key(100, "global batch: images of one step, over all ranks and micro-batches", low=1)
     eval_batch_size: int = key(1000, "global batch of an evaluation, cut into sync.shards parts", low=1)
     validation: int = key(0, "training images held out for choosing; a fixed choice by seed", low=0)
+    focus: int = key(
+        1, "passes of each epoch after the first, over the images of the highest losses and some others; 1: all, once", low=1
+    )
 
 
 @dataclass

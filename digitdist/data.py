@@ -8,6 +8,7 @@ it, and a rank's share is the next stretch of that. Nothing here needs a process
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import hashlib
 import io
@@ -197,6 +198,15 @@ class Sharding:
             yield part, slice(bounds[part] - first, bounds[part + 1] - first)
 
 
+def focused(hardest: Tensor, size: int, *parts: object) -> Tensor:
+    """A pass over `size` of all images, int64 [size], a fixed function of the arguments: three quarters of it are the first of
+    `hardest`, int64 [count], one quarter is drawn from the others."""
+    hard, others = hardest.split([3 * size // 4, len(hardest) - 3 * size // 4])
+    drawn = permutation(len(others), *parts, "drawn")[: size - len(hard)]
+    both = torch.cat([hard, others[sent(drawn, hardest.device)]])
+    return both[sent(permutation(size, *parts), hardest.device)]
+
+
 @dataclass(frozen=True)
 class Order:
     """The order of a training: which images make up the global batch of each step, and which of them are a rank's."""
@@ -204,6 +214,7 @@ class Order:
     count: int
     batch_size: int
     seed: int
+    focus: int = 1
 
     @property
     def steps_per_epoch(self) -> int:
@@ -222,14 +233,29 @@ class Order:
         """Steps of `epochs` passes, a fraction of one rounded to whole steps, and one at least."""
         return max(1, round(epochs * self.steps_per_epoch))
 
-    def epoch_batches(self, images: ImageSet, step: int, sharding: Sharding) -> Iterator[Batch]:
-        """This rank's share of each global batch, from the one after `step` to the end of its epoch, fetched whole."""
-        epoch, first = divmod(step, self.steps_per_epoch)
-        order = sent(permutation(self.count, self.seed, epoch), images.images.device)
-        for number in range(first, self.steps_per_epoch):
-            start, stop = sharding.share(self.batch_count(number))
-            at = number * self.batch_size
-            yield images.__getitems__(order[at + start : at + stop])
+    def stretch(self, step: int) -> tuple[int, int]:
+        """The steps, from the first to before the last, of the stretch in which the step after `step` lies: the first epoch is
+        one, later ones are cut into `focus` of them."""
+        epoch, number = divmod(step, self.steps_per_epoch)
+        bounds = cut(self.steps_per_epoch, self.focus if epoch else 1)
+        place = bisect.bisect_right(bounds, number)
+        return step - number + bounds[place - 1], step - number + bounds[place]
+
+    def batches(self, images: ImageSet, step: int, sharding: Sharding, hardest: Tensor | None = None) -> Iterator[Batch]:
+        """This rank's share of each global batch, from the one after `step` to the end of its stretch, fetched whole.
+
+        A stretch is a pass over all images, or, where `hardest` names their order by falling loss, a focused one.
+        """
+        start, stop = self.stretch(step)
+        before = self.images_seen(start)
+        if hardest is None:
+            order = sent(permutation(self.count, self.seed, start // self.steps_per_epoch), images.images.device)
+        else:
+            order = focused(hardest, self.images_seen(stop) - before, self.seed, "focused", start)
+        for number in range(step, stop):
+            at = self.images_seen(number) - before
+            first, last = sharding.share(self.batch_count(number))
+            yield images.__getitems__(order[at + first : at + last])
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:

@@ -31,8 +31,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from digitdist import optim
 from digitdist.checkpoint import Tensors, weights_sha256
-from digitdist.config import AugmentConfig, Config, SyncConfig, UserError
-from digitdist.data import SPECS, Batch, Sharding, Spec, augment, key_of, normalise
+from digitdist.config import Config, SyncConfig, UserError
+from digitdist.data import SPECS, Batch, ImageSet, Sharding, augment, key_of, normalise
 from digitdist.runtime import Fault
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ class Agreed:
 
 class GradientSync(Protocol):
     sharding: Sharding
+    objective: Objective
     own_losses: list[Tensor]  # of this rank's parts since the last meeting
 
     @property
@@ -89,11 +90,13 @@ class Objective(nn.Module):
     with, and so carries numbers through the gradients' all-reduce.
     """
 
-    def __init__(self, model: nn.Module, spec: Spec, augment: AugmentConfig, label_smoothing: float, seed: int):
+    def __init__(self, model: nn.Module, config: Config):
         super().__init__()
-        self.model, self.spec, self.augment = model, spec, augment
-        self.label_smoothing, self.seed = label_smoothing, seed
+        self.model, self.spec, self.augment = model, SPECS[config.data.name], config.augment
+        self.label_smoothing, self.seed = config.train.label_smoothing, config.seed
         self.signal = nn.Parameter(torch.zeros(2))
+        self.remembers = config.data.focus > 1
+        self.of_images: list[Tensor] = []  # where they are remembered: each image's loss, of the parts of this step
 
     def total(self, pixels: Tensor, labels: Tensor, step: int, part: int) -> Tensor:
         """The summed loss, a float32 scalar, of `pixels` as `normalise` gives them, with labels int64 [n].
@@ -104,6 +107,8 @@ class Objective(nn.Module):
             return sum((p.sum() * 0 for p in self.model.parameters()), torch.zeros((), device=pixels.device))
         seed_generators(key_of(self.seed, step, part), pixels.device)
         logits = self.model(augment(pixels, self.augment, -self.spec.mean / self.spec.std))
+        if self.remembers:
+            self.of_images.append(F.cross_entropy(logits.detach().float(), labels, reduction="none"))
         return F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=self.label_smoothing)
 
     def forward(self, images: Tensor, labels: Tensor, step: int, part: int, count: float, stop: float) -> Tensor:
@@ -155,7 +160,7 @@ class Ddp(EveryStep):
     """DistributedDataParallel, and plain backward on one process."""
 
     def __init__(self, accelerator: Accelerator, objective: Objective, accumulate: int, compress: str, enter: Enter):
-        self.accelerator, self.enter = accelerator, enter
+        self.accelerator, self.objective, self.enter = accelerator, objective, enter
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
         self.autocast = autocast(accelerator)
         self.sharding = Sharding.of(accumulate * self.world_size, self.rank, self.world_size)
@@ -576,11 +581,53 @@ class BatchStatistics:
             count.copy_(before + len(rows))
 
 
+class Hardness:
+    """The loss of each training image at its last visit, by which a focused pass chooses; all ranks know what was noted
+    before this stretch, and each what it has noted since."""
+
+    def __init__(self, images: ImageSet):
+        self.indices = images.indices
+        known = torch.zeros(int(self.indices.max()) + 1, device=self.indices.device)
+        self.known, self.noted = known.fill_(math.inf), torch.full_like(known, math.nan)
+
+    def note(self, indices: Tensor, losses: list[Tensor]) -> None:
+        """Notes this rank's part of a step, and takes it out of `losses`."""
+        if losses:
+            self.noted[indices] = torch.cat(losses)
+            losses.clear()
+
+    def meet(self) -> None:
+        """Makes known what all ranks have noted. Collective: every rank must call it."""
+        noted = self._noted_by_all()
+        self.known = torch.where(noted.isnan(), self.known, noted)
+        self.noted.fill_(math.nan)
+
+    def hardest(self) -> Tensor:
+        """The places of all images by falling loss, those never visited first: int64 [count]."""
+        return self.known[self.indices].argsort(descending=True, stable=True)
+
+    def state(self) -> Tensors:
+        """Collective: every rank must call it."""
+        return {"known": self.known, "noted": self._noted_by_all()}
+
+    def restore(self, stored: Tensors, is_main: bool) -> None:
+        """Takes back what `state` gave, where it is of the same images."""
+        if len(stored.get("known", ())) == len(self.known):
+            self.known.copy_(stored["known"])
+            if is_main:
+                self.noted.copy_(stored["noted"])
+
+    def _noted_by_all(self) -> Tensor:
+        """No image is visited twice in a stretch, so that the sum over ranks is what one of them has noted. Collective."""
+        both = torch.stack([self.noted.nan_to_num(), (~self.noted.isnan()).float()])
+        if dist.is_initialized():
+            dist.all_reduce(both)
+        return torch.where(both[1] > 0, both[0], math.nan)
+
+
 def build(config: Config, accelerator: Accelerator, model: nn.Module, enter: Enter) -> GradientSync:
     """The configured way to agree. Collective in `ddp` mode."""
-    spec = SPECS[config.data.name]
-    objective = Objective(model, spec, config.augment, config.train.label_smoothing, config.seed)
-    objective.to(accelerator.device)
+    objective = Objective(model, config).to(accelerator.device)
     if config.sync.mode == "exact":
         return Exact(accelerator, objective, config.sync.shards * config.train.accumulate, enter)
     if config.sync.mode == "local":

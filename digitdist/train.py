@@ -64,7 +64,8 @@ class Trainer:
         self.is_main = accelerator.is_main_process  # asked in each step; Accelerate takes a while to say it
         self.reads_at_once = accelerator.device.type == "cpu"  # what is told in a step; elsewhere the host would have to wait
         self.splits = splits.to(accelerator.device)
-        self.order = Order(len(splits.train), config.data.batch_size, config.seed)
+        self.order = Order(len(splits.train), config.data.batch_size, config.seed, config.data.focus)
+        self.hardness = sync.Hardness(self.splits.train) if config.data.focus > 1 else None
         self.total_steps = self.order.total_steps(config.train.epochs)
         self.last_step = min(self.total_steps, config.train.max_steps or self.total_steps)
 
@@ -117,7 +118,7 @@ class Trainer:
         self.heartbeat.enter("data")
         mark = time.perf_counter()
         while self.step < self.last_step:
-            for batch in self.order.epoch_batches(self.splits.train, self.step, self.sync.sharding):
+            for batch in self.order.batches(self.splits.train, self.step, self.sync.sharding, self._hardest()):
                 agreed = self.train_step(batch)
                 self.train_seconds += time.perf_counter() - mark
                 if agreed:
@@ -152,6 +153,8 @@ class Trainer:
         config = self.config.optim
         count = self.order.batch_count(self.step)
         told = self.sync.gradients(batch, count, self.step, self.stop.wanted(self.run.stop_file))
+        if self.hardness:
+            self.hardness.note(batch[2], self.sync.objective.of_images)
         agreed = self._read(told) if told is not None and self._looks_at(self.step + 1) else None
         self.heartbeat.enter("update")
         if self.is_main and self._has_line(self.step + 1):
@@ -252,6 +255,8 @@ class Trainer:
         if not all(bool(t.isfinite().all()) for t in self.model.state_dict().values()):
             raise Fault(f"a weight is not finite after step {self.step}; no checkpoint has seen it")
         of_sync = self.sync.state(self.optimizer)
+        if self.hardness:
+            of_sync["hardness"] = self.hardness.state()
         failure = self._write_checkpoint(of_sync) if self.is_main else None
         if last:
             failure = runtime.on_main(self.accelerator, lambda: failure)
@@ -337,6 +342,14 @@ class Trainer:
         self.sync.agree_on_buffers(self._networks())
         return evaluate.evaluate(self.accelerator, self.judged, getattr(self.splits, split), self.config)
 
+    def _hardest(self) -> torch.Tensor | None:
+        """The order of difficulty by which the stretch that begins or goes on here is focused. Collective."""
+        if self.hardness is None or self.step < self.order.steps_per_epoch:
+            return None
+        if self.step == self.order.stretch(self.step)[0]:
+            self.hardness.meet()
+        return self.hardness.hardest()
+
     def _check_equal(self) -> None:
         tensors: dict[str, torch.Tensor] = dict(self.model.named_parameters())
         if self.config.sync.mode == "exact":  # in ddp, a rank's buffers are its own until they are needed
@@ -384,6 +397,8 @@ class Trainer:
             self.ema.n_averaged.fill_(stored.step)
         if self.accelerator.scaler and "scaler" in stored.state:
             self.accelerator.scaler.load_state_dict(stored.state["scaler"])
+        if self.hardness:
+            self.hardness.restore(stored.tensors.get("hardness", {}), self.is_main)
         self.step, self.train_seconds = stored.step, stored.state["train_seconds"]
         self.best = stored.state["best"]
 

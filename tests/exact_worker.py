@@ -35,7 +35,7 @@ def hash_of_steps(images: int, batch: int, shards: int, accumulate: int, model_n
     order, few = Order(images, batch, seed), ImageSet(splits.train.images[:images], splits.train.labels[:images])
     found: dict[str, torch.Tensor] = {}
     for step in range(max(0, order.steps_per_epoch - 2), order.steps_per_epoch + 1):
-        share = next(iter(order.epoch_batches(few, step, how.sharding)))
+        share = next(iter(order.batches(few, step, how.sharding)))
         found[f"{step}.told"] = how.gradients(share, order.batch_count(step), step, stop=False)
         found |= {f"{step}.{name}": parameter.grad for name, parameter in model.named_parameters()}
         found |= {f"{step}.{name}": buffer.clone() for name, buffer in model.named_buffers()}

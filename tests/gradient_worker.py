@@ -7,7 +7,7 @@ import sys
 
 import torch
 from accelerate import Accelerator
-from test_sync import check_against_reference, check_rounds
+from test_sync import check_against_reference, check_hardness, check_rounds
 
 from digitdist.config import load
 from digitdist.data import load_splits
@@ -21,6 +21,7 @@ for case in range(12):
     shards = cases.randint(accelerator.num_processes, 9)
     check_against_reference(accelerator, splits, ("ddp", "exact")[case % 2], batch, accumulate, shards)
 check_rounds(accelerator, splits)
+check_hardness(accelerator, splits)
 if accelerator.is_main_process:
     print(f"world size {accelerator.num_processes}: all gradients and rounds as in the reference")
 accelerator.end_training()

@@ -232,15 +232,17 @@ def test_a_failing_write_does_not_end_the_run_but_a_failing_last_one_does(place:
 
 # What goes on
 
+FOCUS = ("data.focus=4", "data.batch_size=4000")  # stops within a pass of the second epoch
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("world_size", "options"),
     [
         (1, ("checkpoint.every_steps=0",)),
-        (3, ("checkpoint.every_steps=0",)),
+        (3, ("checkpoint.every_steps=0", *FOCUS)),
         (2, ("checkpoint.every_steps=0", "sync.compress=powersgd")),
-        (2, ("checkpoint.every_steps=17", "sync.mode=local", "sync.every=10")),
+        (2, ("checkpoint.every_steps=17", "sync.mode=local", "sync.every=10", *FOCUS)),
         (2, ("checkpoint.every_steps=17", "sync.mode=local", "sync.every=5", "sync.overlap=true")),
     ],
 )

@@ -197,9 +197,9 @@ def test_each_image_is_seen_exactly_once_an_epoch(
     order = Order(count, batch_size, seed)
     start = epoch * order.steps_per_epoch
     shardings = [Sharding.of(world_size * accumulate, rank, world_size) for rank in range(world_size)]
-    by_rank = [list(order.epoch_batches(images, start, sharding)) for sharding in shardings]
+    by_rank = [list(order.batches(images, start, sharding)) for sharding in shardings]
     assert {len(batches) for batches in by_rank} == {order.steps_per_epoch}
-    one_process = list(order.epoch_batches(images, start, Sharding.of(1, 0, 1)))
+    one_process = list(order.batches(images, start, Sharding.of(1, 0, 1)))
     for at in range(order.steps_per_epoch):
         together = torch.cat([batches[at][2] for batches in by_rank])
         assert torch.equal(together, one_process[at][2]), "the ranks' shares in turn are the global batch"
@@ -217,8 +217,37 @@ def test_the_order_from_the_middle_is_the_rest_of_the_order(count: int, batch_si
     images = data.ImageSet(torch.zeros(count, 28, 28, dtype=torch.uint8), torch.zeros(count, dtype=torch.int64))
     order, whole = Order(count, batch_size, 0), Sharding.of(1, 0, 1)
     first = step - step % order.steps_per_epoch
-    all_batches = [batch[2].tolist() for batch in order.epoch_batches(images, first, whole)]
-    assert [batch[2].tolist() for batch in order.epoch_batches(images, step, whole)] == all_batches[step - first :]
+    all_batches = [batch[2].tolist() for batch in order.batches(images, first, whole)]
+    assert [batch[2].tolist() for batch in order.batches(images, step, whole)] == all_batches[step - first :]
+
+
+@given(count=st.integers(1, 300), focus=st.integers(1, 9), step=st.integers(0, 200))
+def test_a_focused_pass_has_the_hardest_images_and_others_none_of_them_twice(count: int, focus: int, step: int):
+    images = data.ImageSet(torch.zeros(count, 28, 28, dtype=torch.uint8), torch.zeros(count, dtype=torch.int64))
+    order, whole, hardest = Order(count, 10, 0, focus), Sharding.of(1, 0, 1), data.permutation(count, "by loss")
+    start, stop = order.stretch(step)
+    assert start <= step < stop
+    assert {order.stretch(other) for other in range(start, stop)} == {(start, stop)}
+    batches = [batch[2].tolist() for batch in order.batches(images, start, whole, hardest)]
+    assert [len(batch) for batch in batches] == [order.batch_count(other) for other in range(start, stop)]
+    seen = list(itertools.chain(*batches))
+    assert len(set(seen)) == len(seen)
+    assert set(hardest[: 3 * len(seen) // 4].tolist()) <= set(seen)
+    assert [batch[2].tolist() for batch in order.batches(images, step, whole, hardest)] == batches[step - start :]
+
+
+def test_the_first_epoch_is_one_stretch_and_later_ones_are_focus_of_them():
+    order = Order(60000, 256, 0, focus=4)
+    assert order.stretch(0) == order.stretch(234) == (0, 235)
+    assert [order.stretch(step)[0] for step in range(235, 471)] == [235] * 59 + [294] * 59 + [353] * 59 + [412] * 58 + [470]
+
+
+def test_the_others_of_a_focused_pass_are_drawn_anew_for_each():
+    hardest = data.permutation(3000, "by loss")
+    passes = [data.focused(hardest, 600, 0, start).tolist() for start in range(10)]
+    others = {tuple(sorted(set(one) - set(hardest[:450].tolist()))) for one in passes}
+    assert [len(drawn) for drawn in others] == [150] * 10
+    assert len({tuple(one) for one in passes}) == 10
 
 
 def test_the_order_depends_on_seed_and_epoch():
@@ -230,7 +259,7 @@ def test_loading_draws_nothing_from_the_global_generator(splits: Splits):
     torch.manual_seed(7)
     wanted = torch.rand(3)
     torch.manual_seed(7)
-    next(iter(Order(60000, 100, 0).epoch_batches(splits.train, 0, Sharding.of(1, 0, 1))))
+    next(iter(Order(60000, 100, 0).batches(splits.train, 0, Sharding.of(1, 0, 1))))
     assert torch.equal(torch.rand(3), wanted)
 
 

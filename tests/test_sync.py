@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from digitdist import models, sync
 from digitdist.config import load
-from digitdist.data import SPECS, Sharding, Splits, cut, normalise
+from digitdist.data import SPECS, ImageSet, Sharding, Splits, cut, normalise
 from digitdist.sync import Tree
 
 
@@ -94,6 +94,36 @@ def check_rounds(accelerator: Accelerator, splits: Splits) -> None:
                 buffer.copy_(torch.stack([list(network.buffers())[number].float() for network in local]).mean(0))
     for (name, theirs), mine in zip(ours.state_dict().items(), model.state_dict().values(), strict=True):
         assert torch.allclose(mine.float(), theirs.float(), atol=1e-5, rtol=0), name
+
+
+def check_hardness(accelerator: Accelerator, splits: Splits) -> None:
+    """Asserts that all ranks come to know the losses that each has noted, also through a checkpoint. Collective."""
+    config = load((), ["data.focus=2"])
+    model, images = without_dropout(models.build(config.model, 0)), splits.train.subset(torch.arange(100, 160))
+    how, hardness = sync.build(config, accelerator, model, lambda *_: None), sync.Hardness(images)
+    start, stop = how.sharding.share(20)
+    own = images.__getitems__(torch.arange(start, stop))
+    how.gradients(own, 20, 0, stop=False)
+    hardness.note(own[2], how.objective.of_images)
+    restored = sync.Hardness(images)
+    restored.restore(hardness.state(), accelerator.is_main_process)
+    for one in (hardness, restored):
+        one.meet()
+        assert (one.known[100:120] - losses_of(model, images, 20)).abs().max() < 1e-5
+        assert one.hardest()[:40].tolist() == list(range(20, 60)), "those that nobody has visited yet"
+        assert one.hardest()[40:].tolist() == one.known[100:120].argsort(descending=True).tolist()
+    assert torch.equal(hardness.known, restored.known)
+    hardness.meet()
+    assert torch.equal(hardness.known, restored.known), "what is known stays known"
+
+
+def losses_of(model: torch.nn.Module, images: ImageSet, count: int) -> torch.Tensor:
+    with torch.no_grad():
+        return F.cross_entropy(model(normalise(images.images[:count], SPECS["mnist"])), images.labels[:count], reduction="none")
+
+
+def test_the_losses_that_ranks_note_are_known_to_all(accelerator: Accelerator, splits: Splits):
+    check_hardness(accelerator, splits)
 
 
 def test_a_local_round_ends_in_one_outer_step_on_the_mean_of_all_ranks(accelerator: Accelerator, splits: Splits):

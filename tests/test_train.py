@@ -167,7 +167,7 @@ def test_options_of_training_all_work_together(place: Path):
 
 
 @pytest.mark.parametrize("mode", ["ddp", "exact"])
-@pytest.mark.parametrize("extra", [(), ("augment.rotate=9", "optim.clip_norm=1", "train.accumulate=3")])
+@pytest.mark.parametrize("extra", [(), ("augment.rotate=9", "optim.clip_norm=1", "train.accumulate=3", "data.focus=2")])
 def test_a_step_in_which_nothing_is_due_brings_nothing_to_the_host(
     place: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, mode: str, extra: tuple[str, ...]
 ):
@@ -179,7 +179,7 @@ def test_a_step_in_which_nothing_is_due_brings_nothing_to_the_host(
     run = train.open_run(config, plan, 100, [], [])
     trainer = train.Trainer(config, accelerator, splits, model, run, runtime.Heartbeat(run.heartbeat, plan.world))
     trainer.reads_at_once = False  # as where the device is another one
-    batches = trainer.order.epoch_batches(trainer.splits.train, 0, trainer.sync.sharding)
+    batches = trainer.order.batches(trainer.splits.train, 0, trainer.sync.sharding)
     with transfers.none_allowed():
         for _ in range(config.train.log_every - 1):
             assert trainer.train_step(next(batches)) is None
