@@ -1,7 +1,8 @@
 """Data sets as uint8 tensors, the order in which a training goes through them, and each rank's share of its batches.
 
 Position is the step alone: the permutation of an epoch depends on `(seed, epoch)`, a global batch is the next stretch of
-it, and a rank's share is the next stretch of that. Nothing here needs a process group.
+it, and a rank's share is the next stretch of that; a focused order depends on the losses too. Nothing here needs a process
+group.
 
     python -m digitdist.data data.name=mnist --plot samples.png
 """

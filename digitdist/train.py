@@ -347,7 +347,9 @@ class Trainer:
         if self.hardness is None or self.step < self.order.steps_per_epoch:
             return None
         if self.step == self.order.stretch(self.step)[0]:
+            self.heartbeat.enter("sync")
             self.hardness.meet()
+            self.heartbeat.enter("data")
         return self.hardness.hardest()
 
     def _check_equal(self) -> None:
@@ -617,6 +619,7 @@ def introduction(config: Config, plan: Plan, splits: Splits, order: Order, last_
     processes = f"{world} process{'es' if world > 1 else ''}{', on several hosts' if several else ''}"
     holder = f" on {run.host}{', not seen by ' + ', '.join(blind) if blind else ''}" if several else ""
     held_out = f", {len(splits.validation):,} held out" if len(splits.validation) else ""
+    focus = f", {order.focus} passes over hard images from the second one on" if order.focus > 1 else ""
     state = f"goes on from step {run.stored.step:,}" if run.stored else "starts"
     lines = [
         *plan.notes,
@@ -625,7 +628,7 @@ def introduction(config: Config, plan: Plan, splits: Splits, order: Order, last_
         f"batch      {order.batch_size:,} global = {share} per rank × {world} rank{'s' if world > 1 else ''}"
         f" × {accumulate} accumulated",
         f"data       {config.data.name}: {len(splits.train):,} images to train{held_out}, {len(splits.test):,} to test",
-        f"steps      {last_step:,}, {order.steps_per_epoch:,} an epoch",
+        f"steps      {last_step:,}, {order.steps_per_epoch:,} an epoch{focus}",
         f"run        {run.folder}{holder} {state}",
     ]
     return "\n".join(lines)
@@ -820,7 +823,7 @@ def main() -> None:
         runtime.refuse(error)
     if plan.world.size > 1:
         runtime.roll_call(plan.world, card(config, plan, splits, model), config.sync.join_timeout_s)
-    order = Order(len(splits.train), config.data.batch_size, config.seed)
+    order = Order(len(splits.train), config.data.batch_size, config.seed, config.data.focus)
     last_step = min(order.total_steps(config.train.epochs), config.train.max_steps or sys.maxsize)
 
     accelerator = runtime.start(config, plan)
