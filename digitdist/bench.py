@@ -41,7 +41,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"  # of a checkout
 RECIPES = ("fast", "sharp")
 ONE_IMAGE = "one image a step, one thread"
 FETCHING = "bare loop, its images fetched"
-NORMALISING = "bare forward, its images normalised"
+OF_EVALUATION = ("bare forward", "bare forward, its images normalised", "evaluation")
 MEETING = "bare loops that meet once a step"
 A_SHARD_A_RANK = "exact, one shard a rank"
 TURN_S = 0.7  # seconds that one measurement of a loop takes
@@ -68,9 +68,9 @@ def bare(config: Config, plan: runtime.Plan, splits: Splits, **changed: Any) -> 
     layout = torch.channels_last if changed.get("channels_last", True) else torch.contiguous_format
     device = torch.device("cpu" if plan.cpu else plan.device_type)
     kept = min(len(splits.train), max(20 * size, 2000))
-    spec, images = SPECS[config.data.name], splits.train.images[:kept].to(device)
-    pixels = normalise(images, spec).contiguous(memory_format=layout)
-    labels, places = splits.train.labels[:kept].to(device), torch.randperm(kept).to(device)
+    spec, images = SPECS[config.data.name], splits.train.subset(torch.arange(kept)).to(device)
+    pixels = normalise(images.images, spec).contiguous(memory_format=layout)
+    places = torch.randperm(kept).to(device)
     model = build(config.model, config.seed).to(device).to(memory_format=layout)
     optimizer = optim.build(model, config.optim)
     if changed.get("compiled"):
@@ -83,12 +83,12 @@ def bare(config: Config, plan: runtime.Plan, splits: Splits, **changed: Any) -> 
         start = time.perf_counter()
         for step in range(steps):
             at = step * size % (kept - size + 1)
-            batch, wanted = pixels[at : at + size], labels[at : at + size]
+            batch, labels = pixels[at : at + size], images.labels[at : at + size]
             if changed.get("fetched"):
-                here = places[at : at + size]
-                batch, wanted = normalise(images.index_select(0, here), spec), labels.index_select(0, here)
+                raw, labels, _ = images.__getitems__(places[at : at + size])
+                batch = normalise(raw, spec)
             with torch.autocast(device.type, kind, enabled=kind is not None):
-                loss = F.cross_entropy(model(batch), wanted)
+                loss = F.cross_entropy(model(batch), labels)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -138,17 +138,17 @@ def evaluation(config: Config, accelerator: Accelerator, splits: Splits) -> dict
             evaluate.evaluate(accelerator, model, test, config)
         return steps * len(test) / (time.perf_counter() - start)
 
-    def forward(chunks: Sequence[Tensor], prepare: Callable[[Tensor], Tensor], steps: int) -> float:
+    def forward(chunks: Sequence[Tensor], network: Callable[[Tensor], Tensor], steps: int) -> float:
         start = time.perf_counter()
         with torch.inference_mode(), accelerator.autocast():
             for _ in range(steps):
                 for chunk in chunks:
-                    model(prepare(chunk))
+                    network(chunk)
         await_device(accelerator.device)
         return steps * len(test) / (time.perf_counter() - start)
 
-    normalising = partial(forward, raw, lambda chunk: normalise(chunk, spec))
-    return {"bare forward": partial(forward, ready, lambda chunk: chunk), NORMALISING: normalising, "evaluation": whole}
+    normalising = partial(forward, raw, lambda chunk: model(normalise(chunk, spec)))
+    return dict(zip(OF_EVALUATION, (partial(forward, ready, model), normalising, whole), strict=True))
 
 
 def plain_way(config: Config, steps: int) -> float:
@@ -275,10 +275,9 @@ def in_words(one: dict[str, Any], world: int, rates: Rates) -> str:
     """The whole measurement as a table, and what it says of this machine."""
     speeds: Rates = one["images_per_second"]
     names = ("bare loop", FETCHING, "trainer", "plain torchvision way")
-    of_evaluation = ("bare forward", NORMALISING, "evaluation")
     lines = [one["setting"], "", "one process, and its ratio to the bare loop"]
     lines += rows({name: speeds[name] for name in names}, "bare loop")
-    lines += rows({name: speeds[name] for name in of_evaluation}, "bare forward")
+    lines += rows({name: speeds[name] for name in OF_EVALUATION}, "bare forward")
     lines += [""]
     for name, values in one["start_up"].items():
         lines.append(f"  {name:38} {statistics.median(values['s']):10.2f} s   peak {statistics.median(values['mb']):.0f} MB")
@@ -292,7 +291,7 @@ def in_words(one: dict[str, Any], world: int, rates: Rates) -> str:
         passes, cost = -(-one["shards"] // world), 1e3 / statistics.median(speeds[ONE_IMAGE])
         lines.append(f"  in exact mode a rank runs {passes} shards one by one; a step of a single image takes {cost:.2f} ms")
     lines += ["", "what would help"]
-    known = {ONE_IMAGE, *names, *of_evaluation}
+    known = {ONE_IMAGE, *names, *OF_EVALUATION}
     gains = {
         name: statistics.median(v) / statistics.median(speeds["bare loop"]) for name, v in speeds.items() if name not in known
     }
@@ -349,7 +348,7 @@ def run_recipe(file: Path, seed: int, overrides: list[str]) -> tuple[float, floa
 
 def _images(name: str, batch_size: int) -> int:
     """Images of one step of a loop, as far as its length is concerned."""
-    return {"bare forward": 10000, NORMALISING: 10000, "evaluation": 10000, ONE_IMAGE: 1}.get(name, batch_size)
+    return {**dict.fromkeys(OF_EVALUATION, 10000), ONE_IMAGE: 1}.get(name, batch_size)
 
 
 def main() -> None:

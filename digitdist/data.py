@@ -217,6 +217,11 @@ class Order:
     seed: int
     focus: int = 1
 
+    @classmethod
+    def of(cls, config: Config, images: ImageSet) -> Order:
+        """The configured order of the training images."""
+        return cls(len(images), config.data.batch_size, config.seed, config.data.focus)
+
     @property
     def steps_per_epoch(self) -> int:
         return -(-self.count // self.batch_size)

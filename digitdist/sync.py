@@ -106,10 +106,10 @@ class Objective(nn.Module):
         if not len(pixels):
             return sum((p.sum() * 0 for p in self.model.parameters()), torch.zeros((), device=pixels.device))
         seed_generators(key_of(self.seed, step, part), pixels.device)
-        logits = self.model(augment(pixels, self.augment, -self.spec.mean / self.spec.std))
+        logits = self.model(augment(pixels, self.augment, -self.spec.mean / self.spec.std)).float()
         if self.remembers:
-            self.of_images.append(F.cross_entropy(logits.detach().float(), labels, reduction="none"))
-        return F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=self.label_smoothing)
+            self.of_images.append(F.cross_entropy(logits.detach(), labels, reduction="none"))
+        return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.label_smoothing)
 
     def forward(self, images: Tensor, labels: Tensor, step: int, part: int, count: float, stop: float) -> Tensor:
         """The summed loss divided by `count`; that and `stop` are put into the gradient of `signal`, where it takes one."""
@@ -587,8 +587,8 @@ class Hardness:
 
     def __init__(self, images: ImageSet):
         self.indices = images.indices
-        known = torch.zeros(int(self.indices.max()) + 1, device=self.indices.device)
-        self.known, self.noted = known.fill_(math.inf), torch.full_like(known, math.nan)
+        self.known = torch.full((int(self.indices.max()) + 1,), math.inf, device=self.indices.device)
+        self.noted = torch.full_like(self.known, math.nan)
 
     def note(self, indices: Tensor, losses: list[Tensor]) -> None:
         """Notes this rank's part of a step, and takes it out of `losses`."""

@@ -64,7 +64,7 @@ class Trainer:
         self.is_main = accelerator.is_main_process  # asked in each step; Accelerate takes a while to say it
         self.reads_at_once = accelerator.device.type == "cpu"  # what is told in a step; elsewhere the host would have to wait
         self.splits = splits.to(accelerator.device)
-        self.order = Order(len(splits.train), config.data.batch_size, config.seed, config.data.focus)
+        self.order = Order.of(config, splits.train)
         self.hardness = sync.Hardness(self.splits.train) if config.data.focus > 1 else None
         self.total_steps = self.order.total_steps(config.train.epochs)
         self.last_step = min(self.total_steps, config.train.max_steps or self.total_steps)
@@ -823,7 +823,7 @@ def main() -> None:
         runtime.refuse(error)
     if plan.world.size > 1:
         runtime.roll_call(plan.world, card(config, plan, splits, model), config.sync.join_timeout_s)
-    order = Order(len(splits.train), config.data.batch_size, config.seed, config.data.focus)
+    order = Order.of(config, splits.train)
     last_step = min(order.total_steps(config.train.epochs), config.train.max_steps or sys.maxsize)
 
     accelerator = runtime.start(config, plan)
