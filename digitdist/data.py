@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from digitdist.checkpoint import weights_sha256
-from digitdist.config import AugmentConfig, Config, DataConfig, Parser, UserError, load
+from digitdist.config import AugmentConfig, Config, DataConfig, Parser, TrainConfig, UserError, load
 from digitdist.runtime import run_command
 
 Batch = tuple[Tensor, Tensor, Tensor]  # images uint8 [n, 28, 28], labels int64 [n], indices int64 [n]
@@ -238,6 +238,11 @@ class Order:
     def total_steps(self, epochs: float) -> int:
         """Steps of `epochs` passes, a fraction of one rounded to whole steps, and one at least."""
         return max(1, round(epochs * self.steps_per_epoch))
+
+    def last_step(self, config: TrainConfig) -> int:
+        """The step after which a training ends: when its epochs are over, or before."""
+        total = self.total_steps(config.epochs)
+        return min(total, config.max_steps or total)
 
     def stretch(self, step: int) -> tuple[int, int]:
         """The steps, from the first to before the last, of the stretch in which the step after `step` lies: the first epoch is

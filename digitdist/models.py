@@ -86,7 +86,10 @@ class ConvNet(nn.Module):
         self.linear = nn.Linear(channels[-1] * size * size, NUM_CLASSES)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.linear(self.layers(images[:, :, 2:-2, 2:-2]).flatten(1))
+        features = self.layers(images[:, :, 2:-2, 2:-2])
+        # In the order in which channels-last keeps them, so that the gradient comes back in that layout: where activations
+        # and gradients are in different ones, a step takes up to a quarter longer.
+        return self.linear(features.permute(0, 2, 3, 1).flatten(1))
 
 
 MODELS: dict[str, Callable[..., nn.Module]] = {

@@ -67,7 +67,7 @@ class Trainer:
         self.order = Order.of(config, splits.train)
         self.hardness = sync.Hardness(self.splits.train) if config.data.focus > 1 else None
         self.total_steps = self.order.total_steps(config.train.epochs)
-        self.last_step = min(self.total_steps, config.train.max_steps or self.total_steps)
+        self.last_step = self.order.last_step(config.train)
 
         self.model = model.to(accelerator.device).to(memory_format=torch.channels_last)
         self.ema = None
@@ -824,7 +824,7 @@ def main() -> None:
     if plan.world.size > 1:
         runtime.roll_call(plan.world, card(config, plan, splits, model), config.sync.join_timeout_s)
     order = Order.of(config, splits.train)
-    last_step = min(order.total_steps(config.train.epochs), config.train.max_steps or sys.maxsize)
+    last_step = order.last_step(config.train)
 
     accelerator = runtime.start(config, plan)
     held: list[FileLock] = []  # for as long as this process lives

@@ -61,6 +61,17 @@ def test_a_convnet_looks_at_the_middle_of_an_image():
     assert torch.equal(model(images), model(framed))
 
 
+def test_the_gradient_of_a_convnet_has_the_layout_of_its_activations():
+    model = models.build(ModelConfig("convnet"), seed=0).to(memory_format=torch.channels_last)
+    layouts = []
+    for layer in model.layers:
+        layer.register_full_backward_hook(
+            lambda _, __, out: layouts.append(out[0].is_contiguous(memory_format=torch.channels_last))
+        )
+    model(torch.rand(4, 1, 28, 28, requires_grad=True)).sum().backward()
+    assert layouts == [True] * len(model.layers)
+
+
 @pytest.mark.parametrize("name", models.MODELS)
 def test_initial_weights_depend_on_the_seed_alone(name: str):
     first = models.build(ModelConfig(name), seed=3).state_dict()
