@@ -44,7 +44,7 @@ FETCHING = "bare loop, its images fetched"
 OF_EVALUATION = ("bare forward", "bare forward, its images normalised", "evaluation")
 MEETING = "bare loops that meet once a step"
 A_SHARD_A_RANK = "exact, one shard a rank"
-TURN_S = 0.7  # seconds that one measurement of a loop takes
+TURN_S = 0.5  # seconds that one measurement of a loop takes
 IMPORTS = """
 import time, torch, accelerate
 ended = time.time()
