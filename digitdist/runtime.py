@@ -630,7 +630,11 @@ def run_command(main: Callable[[], None]) -> NoReturn:
 
 
 def _leave(code: int) -> NoReturn:
-    """Ends the process now: no exit handler may wait for a rank that is gone."""
+    """Ends the process now.
+
+    No exit handler may wait for a rank that is gone. And a thread of gloo that lets go of its last tensor while Python ends
+    would abort the process: it asks for the lock of an interpreter that grants it to nobody any more.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -17,7 +17,7 @@ from digitdist import models, sync
 from digitdist.checkpoint import weights_sha256
 from digitdist.config import load
 from digitdist.data import ImageSet, Order, load_splits, permutation
-from digitdist.runtime import Fault
+from digitdist.runtime import Fault, run_command
 
 torch.use_deterministic_algorithms(True)
 accelerator = Accelerator(cpu=True)
@@ -84,13 +84,18 @@ def sentinel(weights: dict[str, torch.Tensor]) -> str:
     return "equal"
 
 
-results = {f"case {case}": hash_of_steps(*case) for case in cases()}
-for name in ("seed", "order", "tree"):
-    with pytest.MonkeyPatch.context() as patch:
-        results[f"mutation {name}"] = mutated(patch, name)
-same = {"a": torch.ones(3), "b": torch.zeros(2)}
-results["sentinel equal"] = sentinel(same)
-results["sentinel different"] = sentinel(same | {"b": torch.full((2,), float(rank == 1))})
-if accelerator.is_main_process:
-    print(json.dumps(results))
-accelerator.end_training()
+def main() -> None:
+    results = {f"case {case}": hash_of_steps(*case) for case in cases()}
+    for name in ("seed", "order", "tree"):
+        with pytest.MonkeyPatch.context() as patch:
+            results[f"mutation {name}"] = mutated(patch, name)
+    same = {"a": torch.ones(3), "b": torch.zeros(2)}
+    results["sentinel equal"] = sentinel(same)
+    results["sentinel different"] = sentinel(same | {"b": torch.full((2,), float(rank == 1))})
+    if accelerator.is_main_process:
+        print(json.dumps(results))
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run_command(main)
