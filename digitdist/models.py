@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,10 +93,31 @@ class ConvNet(nn.Module):
         return self.linear(features.permute(0, 2, 3, 1).flatten(1))
 
 
+class Columns(nn.Module):
+    """`columns` convolutional networks side by side; the logits are the mean of theirs.
+
+    In training each column takes its share of the images, so that all cost together what one would. Ciresan, Meier and
+    Schmidhuber, Multi-column Deep Neural Networks for Image Classification, 2012, where each has all images. `column`: the
+    arguments of a `ConvNet`.
+    """
+
+    def __init__(self, columns: int = 2, **column: Any) -> None:
+        super().__init__()
+        self.columns = nn.ModuleList(ConvNet(**column) for _ in range(columns))
+
+    def forward(self, images: Tensor) -> Tensor:
+        count = len(self.columns)
+        if self.training and len(images) >= count:  # with fewer, a column would have no gradient
+            shares = images.tensor_split(count)
+            return torch.cat([column(share) for column, share in zip(self.columns, shares, strict=True)])
+        return torch.stack([column(images) for column in self.columns]).mean(0)
+
+
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "cnn": Cnn,
     "cnn_batchnorm": CnnBatchNorm,
     "convnet": ConvNet,
+    "columns": Columns,
 }
 
 

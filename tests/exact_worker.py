@@ -54,7 +54,7 @@ def cases() -> list[tuple[int, int, int, int, str, int]]:
             drawn.randint(0, 9),
         )
         for _ in range(8)
-    ] + [(150, 64, 8, 1, "cnn_batchnorm", 1), (40, 40, 5, 1, "cnn_batchnorm", 2), (70, 64, 8, 1, "convnet", 3)]
+    ] + [(150, 64, 8, 1, "cnn_batchnorm", 1), (40, 40, 5, 1, "cnn_batchnorm", 2), (70, 64, 8, 1, "columns", 3)]
 
 
 def mutated(monkeypatch: pytest.MonkeyPatch, mutation: str) -> str:

@@ -51,7 +51,8 @@ def test_a_convnet_with_an_odd_stem_keeps_the_resolution():
 
 @pytest.mark.parametrize("recipe", ["fast", "sharp", "best"])
 def test_a_recipe_has_a_network_that_can_be_built(recipe: str):
-    assert isinstance(models.build(load([str(ROOT / f"configs/{recipe}.yaml")]).model, seed=0), models.ConvNet)
+    kind = models.Columns if recipe == "best" else models.ConvNet
+    assert isinstance(models.build(load([str(ROOT / f"configs/{recipe}.yaml")]).model, seed=0), kind)
 
 
 def test_a_convnet_looks_at_the_middle_of_an_image():
@@ -70,6 +71,31 @@ def test_the_gradient_of_a_convnet_has_the_layout_of_its_activations():
         )
     model(torch.rand(4, 1, 28, 28, requires_grad=True)).sum().backward()
     assert layouts == [True] * len(model.layers)
+
+
+def columns(count: int) -> models.Columns:
+    return models.build(ModelConfig("columns", args={"columns": count, "channels": [8, 8], "pools": [0]}), seed=0)
+
+
+def test_columns_give_the_mean_of_their_logits():
+    model, images = columns(3).eval(), torch.randn(5, 1, 28, 28)
+    assert torch.equal(model(images), torch.stack([column(images) for column in model.columns]).mean(0))
+    assert not torch.allclose(model.columns[0](images), model.columns[1](images))
+
+
+def test_in_training_each_column_has_its_share_of_the_images():
+    model, images = columns(3), torch.randn(8, 1, 28, 28)
+    by_hand = [column(share) for column, share in zip(model.columns, images.split([3, 3, 2]), strict=True)]
+    logits = model(images)
+    assert torch.equal(logits, torch.cat(by_hand))
+    logits[3:6].sum().backward()
+    assert [bool(column.linear.weight.grad.any()) for column in model.columns] == [False, True, False]
+
+
+def test_every_column_has_a_gradient_from_a_single_image():
+    model = columns(3)
+    model(torch.randn(1, 1, 28, 28)).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("name", models.MODELS)
