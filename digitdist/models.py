@@ -96,9 +96,9 @@ class ConvNet(nn.Module):
 class Columns(nn.Module):
     """`columns` convolutional networks side by side; the logits are the mean of theirs.
 
-    In training each column takes its share of the images, so that all cost together what one would. Ciresan, Meier and
-    Schmidhuber, Multi-column Deep Neural Networks for Image Classification, 2012, where each has all images. `column`: the
-    arguments of a `ConvNet`.
+    In training each column takes its share of the images, so that all cost together what one would; of fewer images than
+    columns, each takes all. After Cireşan, Meier and Schmidhuber, Multi-column Deep Neural Networks for Image
+    Classification, 2012, where each always has all. `column`: the arguments of a `ConvNet`.
     """
 
     def __init__(self, columns: int = 2, **column: Any) -> None:
