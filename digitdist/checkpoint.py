@@ -2,8 +2,8 @@
 
 A checkpoint is a folder ``step-000000600`` of ``NAME.safetensors`` files, ``state.json`` and, written last,
 ``manifest.json`` with the size and SHA-256 of each file. It is written under a temporary name in the same folder, flushed
-to the disk, and renamed: a folder of the final name is whole, or somebody has damaged it, which the manifest shows.
-Nothing here unpickles, and nothing here knows of ranks: one process writes, and any may read.
+to the disk, and renamed: a folder of the final name is complete, or somebody has damaged it, which the manifest shows.
+Nothing here unpickles, and nothing here knows of ranks: one process writes, and any process may read.
 
     python -m digitdist.checkpoint verify RUN
 """
@@ -25,7 +25,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from digitdist.config import Parser, UserError
+from digitdist.config import Parser
+from digitdist.errors import EXIT_USER_ERROR, UserError
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -38,7 +39,7 @@ class DamagedCheckpoint(Exception):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds: groups of named tensors (model, optimizer, ema), and plain JSON values."""
+    """What a checkpoint holds: groups of named tensors (model, optimizer, ema, …), and plain JSON values."""
 
     tensors: dict[str, Tensors]
     state: dict[str, Any]
@@ -66,7 +67,7 @@ def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
 def write(
     parent: Path, checkpoint: Checkpoint, keep: int, best: str | None = None, on_file: Callable[[], None] = lambda: None
 ) -> Path:
-    """Writes one checkpoint into `parent`, verifies it, and then prunes all but the last `keep` and the one named `best`.
+    """Writes one checkpoint into `parent`, verifies it, and then removes all but the last `keep` and the one named `best`.
 
     `on_file` is called after each file. A failure leaves the older checkpoints as they were.
 
@@ -76,19 +77,19 @@ def write(
     """
     parent.mkdir(parents=True, exist_ok=True)
     final = parent / folder_name(checkpoint.step)
-    for stale in parent.glob(".step-*.tmp"):  # a process died while it wrote this
+    for stale in parent.glob(".step-*.tmp"):  # left by a process that died while it wrote
         shutil.rmtree(stale)
-    if is_good(final):  # the same step of the same run, gone through again after a restart, has the same content
+    if is_good(final):  # the same step of the same run, repeated after a restart, has the same content
         return final
     temporary = parent / f".{final.name}.tmp"
     try:
         temporary.mkdir()
         sums = {}
         for name, data in _files(checkpoint):
-            _write_synced(temporary / name, data)
+            write_synced(temporary / name, data)
             sums[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
             on_file()
-        _write_synced(temporary / MANIFEST, json.dumps({"files": sums}, indent=1).encode())
+        write_synced(temporary / MANIFEST, json.dumps({"files": sums}, indent=1).encode())
         _sync_folder(temporary)
         verify(temporary)
         if final.exists():
@@ -111,20 +112,21 @@ def prune(parent: Path, keep: int, best: str | None = None) -> None:
 
 
 def folders(parent: Path) -> list[Path]:
-    """The checkpoints in `parent`, oldest first, good or not."""
+    """All checkpoints in `parent`, oldest first, damaged ones too."""
     return sorted(folder for folder in parent.glob("step-*") if folder.is_dir())
 
 
 def verify(folder: Path) -> None:
-    """Holds every file against the manifest.
+    """Compares every file with the manifest.
 
     Raises:
-        DamagedCheckpoint: a file is missing, too many, a link, outside the folder, or not as it was written.
+        DamagedCheckpoint: a file is missing, superfluous, a link, outside the folder, or not as it was written.
     """
     _read_verified(folder)
 
 
 def is_good(folder: Path) -> bool:
+    """Whether `verify` finds nothing wrong."""
     try:
         verify(folder)
     except DamagedCheckpoint:
@@ -136,7 +138,7 @@ def read(folder: Path) -> Checkpoint:
     """Reads one checkpoint; its tensors are on the CPU.
 
     Raises:
-        DamagedCheckpoint: it is not whole; nothing of it has been used.
+        DamagedCheckpoint: it is not complete; nothing of it has been used.
     """
     files = _read_verified(folder)
     try:
@@ -147,13 +149,13 @@ def read(folder: Path) -> Checkpoint:
         raise DamagedCheckpoint(f"{folder}: not a checkpoint of this program ({error})") from None
 
 
-def newest_good(parent: Path, say: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint in `parent` that is whole; each damaged one on the way is named through `say`."""
+def newest_good(parent: Path, report: Callable[[str], None]) -> Checkpoint | None:
+    """The newest good checkpoint in `parent`; `report` gets a line about each newer one that is damaged."""
     for folder in reversed(folders(parent)):
         try:
             return read(folder)
         except DamagedCheckpoint as damage:
-            say(f"skipped a damaged checkpoint: {damage}")
+            report(f"skipped a damaged checkpoint: {damage}")
     return None
 
 
@@ -166,25 +168,25 @@ def _files(checkpoint: Checkpoint) -> Iterator[tuple[str, bytes]]:
 
 
 def _read_verified(folder: Path) -> dict[str, bytes]:
-    """The files of a checkpoint, each read once and held against the manifest."""
+    """The content of each file of a checkpoint, read once and compared with the manifest."""
     try:
         manifest = folder / MANIFEST
         if folder.is_symlink() or manifest.is_symlink():
             raise DamagedCheckpoint(f"{folder}: is a link")
         files = json.loads(manifest.read_bytes())["files"]
-        wanted = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
+        expected = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
     except OSError as error:
         raise DamagedCheckpoint(f"{folder}/{MANIFEST}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise DamagedCheckpoint(f"{folder}/{MANIFEST}: not a manifest") from None
-    there = {path.name for path in folder.iterdir()} - {MANIFEST}
-    if there != wanted.keys():
-        missing, extra = sorted(wanted.keys() - there), sorted(there - wanted.keys())
+    found = {path.name for path in folder.iterdir()} - {MANIFEST}
+    if found != expected.keys():
+        missing, extra = sorted(expected.keys() - found), sorted(found - expected.keys())
         raise DamagedCheckpoint(
             f"{folder}: " + ", ".join([f"{name} is missing" for name in missing] + [f"{name} is extra" for name in extra])
         )
     data = {}
-    for name, (size, sha256) in wanted.items():  # names of this very folder, as just seen: no way out of it
+    for name, (size, sha256) in expected.items():  # names found in this folder, so none leads out of it
         path = folder / name
         if path.is_symlink() or not path.is_file():
             raise DamagedCheckpoint(f"{path}: not a plain file")
@@ -198,8 +200,8 @@ def _read_verified(folder: Path) -> dict[str, bytes]:
     return data
 
 
-def write_whole(file: Path, content: bytes) -> None:
-    """Writes `content` as `file`: all of it or the old file, whatever happens meanwhile.
+def atomic_write(file: Path, content: bytes | bytearray) -> None:
+    """Replaces `file` by `content`; whatever happens meanwhile, it holds all of the old or all of the new content.
 
     Raises:
         OSError: it cannot be written; nothing is left of the attempt.
@@ -213,7 +215,12 @@ def write_whole(file: Path, content: bytes) -> None:
         raise
 
 
-def _write_synced(path: Path, data: bytes) -> None:
+def write_synced(path: Path, data: bytes) -> None:
+    """Writes a new file and waits until it is on the disk.
+
+    Raises:
+        OSError: it exists already, or cannot be written.
+    """
     with path.open("xb") as file:
         file.write(data)
         file.flush()
@@ -229,10 +236,11 @@ def _sync_folder(folder: Path) -> None:
 
 
 def main() -> None:
+    """The command."""
     parser = Parser(
-        prog="python -m digitdist.checkpoint",
-        description="Holds each file of a run's checkpoints against its sum; exit code 1 if one is damaged.",
-        epilog="example: python -m digitdist.checkpoint verify quick",
+        "python -m digitdist.checkpoint",
+        "Compares each file of a run's checkpoints with its SHA-256 sum; exit code 1 if one is damaged.",
+        "verify quick",
     )
     parser.add_argument("action", choices=["verify"])
     parser.add_argument("run", metavar="RUN", help="a run's folder, or its name in runs")
@@ -241,21 +249,21 @@ def main() -> None:
     parent = next((parent for parent in parents if parent.is_dir()), None)
     if parent is None:
         raise UserError(f"{arguments.run}: no run of that folder or name has checkpoints; give runs/NAME")
-    damaged = 0
+    num_damaged = 0
     for folder in folders(parent):
         try:
             verify(folder)
             print(f"{folder}: good")
         except DamagedCheckpoint as damage:
-            damaged += 1
+            num_damaged += 1
             print(f"damaged: {damage}")
-    print(f"{len(folders(parent))} checkpoints, {damaged} damaged")
-    sys.exit(1 if damaged else 0)
+    print(f"{len(folders(parent))} checkpoints, {num_damaged} damaged")
+    sys.exit(1 if num_damaged else 0)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except UserError as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
-        sys.exit(2)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)

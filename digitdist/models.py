@@ -1,6 +1,6 @@
-"""The networks: images, float32 of shape [n, 1, 28, 28], to logits of shape [n, 10].
+"""The networks: images, float32 [n, 1, 28, 28], to logits, float32 [n, 10].
 
-A new one is a class and a line in `MODELS`; a user's own is named by ``model.target``.
+A new one is a class and a line in `MODELS`; ``model.target`` names a user's own.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from digitdist.config import ModelConfig, UserError
+from digitdist.config import ModelConfig
+from digitdist.errors import UserError, in_one_line
 
 IMAGE_SHAPE = (1, 28, 28)
 NUM_CLASSES = 10
 
 
 class Cnn(nn.Module):
-    """The seed's network: two 5×5 convolutions, two linear layers, dropout; 21,840 weights.
+    """Two 5×5 convolutions, two linear layers, dropout; 21,840 weights.
 
-    It returns logits. The original put a softmax before `CrossEntropyLoss`, which applies one itself: the doubled
-    softmax flattens the gradient and costs 1.5 points of accuracy after 9 epochs (97.2 % against 98.6 %).
+    It returns logits: a softmax before `CrossEntropyLoss`, which applies one itself, would flatten the gradient and cost
+    1.5 points of accuracy after 9 epochs (97.2 % against 98.6 %).
     """
 
     def __init__(self) -> None:
@@ -65,10 +66,9 @@ class CnnBatchNorm(nn.Module):
 class ConvNet(nn.Module):
     """The network of the recipes: convolutions of `channels`, each with BatchNorm and GELU, and a linear layer.
 
-    It looks at the middle 24×24 pixels, which hold all but the rims of a few digits. The first convolution is
-    `stem`×`stem`, at a stride of 2 where that is even, the others are 3×3; the first and the last are without padding. A
-    2×2 maximum follows the convolutions numbered in `pools`, before BatchNorm and GELU, which then have a quarter of the
-    work.
+    It crops images to the middle 24×24 pixels, which hold all but the rims of a few digits. The first convolution is
+    `stem`×`stem`, with stride 2 if that is even; the others are 3×3. The first and the last have no padding. A 2×2 maximum
+    follows the convolutions numbered in `pools`, before BatchNorm and GELU, which then have a quarter of the work.
     """
 
     def __init__(self, channels: Sequence[int] = (16, 32, 48), pools: Sequence[int] = (1,), stem: int = 4) -> None:
@@ -88,17 +88,17 @@ class ConvNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.layers(images[:, :, 2:-2, 2:-2])
-        # In the order in which channels-last keeps them, so that the gradient comes back in that layout: where activations
-        # and gradients are in different ones, a step takes up to a quarter longer.
+        # Flattened in the order of channels-last memory, so that the gradient comes back in that layout: where activations
+        # and gradients differ in layout, a step takes up to a quarter longer.
         return self.linear(features.permute(0, 2, 3, 1).flatten(1))
 
 
 class Columns(nn.Module):
-    """`columns` convolutional networks side by side; the logits are the mean of theirs.
+    """`columns` convolutional networks side by side, whose logits are averaged. `column`: the arguments of each `ConvNet`.
 
-    In training each column takes its share of the images, so that all cost together what one would; of fewer images than
-    columns, each takes all. After Cireşan, Meier and Schmidhuber, Multi-column Deep Neural Networks for Image
-    Classification, 2012, where each always has all. `column`: the arguments of a `ConvNet`.
+    In training each column gets a part of the images, so that all together cost as much as one; with fewer images than
+    columns, each gets all. After Cireşan, Meier and Schmidhuber, Multi-column Deep Neural Networks for Image
+    Classification, 2012, where each column always gets all images.
     """
 
     def __init__(self, columns: int = 2, **column: Any) -> None:
@@ -108,8 +108,8 @@ class Columns(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         count = len(self.columns)
         if self.training and len(images) >= count:  # with fewer, a column would have no gradient
-            shares = images.tensor_split(count)
-            return torch.cat([column(share) for column, share in zip(self.columns, shares, strict=True)])
+            parts = images.tensor_split(count)
+            return torch.cat([column(part) for column, part in zip(self.columns, parts, strict=True)])
         return torch.stack([column(images) for column in self.columns]).mean(0)
 
 
@@ -121,28 +121,27 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def build(config: ModelConfig, seed: int) -> nn.Module:
-    """The configured network on the CPU, its initial weights a function of `seed` alone.
+def build_model(config: ModelConfig, seed: int) -> nn.Module:
+    """The configured network on the CPU, in training mode, its initial weights a function of `seed` alone.
 
     Raises:
-        UserError: there is no such model, its arguments do not fit it, or it does not give [n, 10] logits.
+        UserError: there is no such network, its arguments do not fit, or its output is not [n, 10].
     """
-    kind = _find(config)
+    kind = _find_class(config)
     torch.manual_seed(seed)
     label = config.target or config.name
     try:
         model = kind(**config.args)
         with torch.no_grad():
             shape = tuple(model.eval()(torch.zeros(2, *IMAGE_SHAPE)).shape)
-    except Exception as error:  # the model may be anybody's
-        reason = " ".join(str(error).split())
-        raise UserError(f"model {label!r} with model.args={dict(config.args)} does not work: {reason}") from error
+    except Exception as error:  # a user's network may raise anything
+        raise UserError(f"model {label!r} with model.args={dict(config.args)} does not work: {in_one_line(error)}") from error
     if shape != (2, NUM_CLASSES):
-        raise UserError(f"model {label!r} gives {shape} for 2 images; logits of shape (2, {NUM_CLASSES}) are wanted")
+        raise UserError(f"model {label!r} gives {shape} for 2 images; it must give logits of shape (2, {NUM_CLASSES})")
     return model.train()
 
 
-def _find(config: ModelConfig) -> Callable[..., nn.Module]:
+def _find_class(config: ModelConfig) -> Callable[..., nn.Module]:
     if config.target is None:
         if config.name not in MODELS:
             raise UserError(
@@ -153,7 +152,7 @@ def _find(config: ModelConfig) -> Callable[..., nn.Module]:
     module, _, name = config.target.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)
-    except Exception as error:  # the module may be anybody's
+    except Exception as error:  # a user's module may raise anything
         raise UserError(
             f"model.target={config.target} cannot be imported ({error}); give package.module.Class from PYTHONPATH"
         ) from None

@@ -1,10 +1,9 @@
-"""The optimizer, and the learning rate as arithmetic on the step: there is no scheduler to save, prepare or step twice."""
+"""The optimizer, and the learning rate as a function of the step: there is no scheduler to save, prepare or step twice."""
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,10 +11,11 @@ from torch import Tensor, nn
 
 from digitdist.checkpoint import Tensors
 from digitdist.config import OptimConfig, ScheduleConfig
+from digitdist.distributed import eager_optimizer
 
 
-def build(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """The configured optimizer over all parameters of `model`, in its fused form: one pass over the weights a step."""
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """The configured optimizer over all parameters of `model`, in torch's fused form: one pass over the weights a step."""
     options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
     if config.name == "sgd":
         kind: type[torch.optim.Optimizer] = torch.optim.SGD
@@ -23,32 +23,22 @@ def build(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     else:
         kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
         options |= {"betas": (config.beta1, config.beta2)}
-    return unwrapped(kind)(model.parameters(), **options)
-
-
-def unwrapped(kind: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
-    """An optimizer class with the methods as torch wrote them.
-
-    The wrappers that torch puts around them only shield them from its compiler, and import it for that: 1 s before the
-    first step.
-    """
-    names = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
-    methods = {name: inspect.unwrap(getattr(kind, name)) for name in names}
-    return type(kind.__name__, (kind,), methods | {"step": torch.no_grad()(inspect.unwrap(kind.step))})
+    return eager_optimizer(kind, model.parameters(), **options)
 
 
 def norm(tensors: Iterable[Tensor]) -> float:
-    """The L2 norm of all numbers of `tensors`."""
+    """The L2 norm of all values of `tensors` together. Waits for their device."""
     with torch.no_grad():
         return float(torch.nn.utils.get_total_norm(tensors, foreach=None))
 
 
 def learning_rate(step: int, total_steps: int, steps_per_epoch: int, schedule: ScheduleConfig, peak: float) -> float:
-    """The rate of the update that follows `step`, for steps 0..total_steps-1.
+    """The learning rate of the update that follows `step`, for steps 0..total_steps-1.
 
-    constant, step, cosine: a linear warm-up over `warmup_steps`, then peak; peak · gamma^k after k·step_epochs epochs;
-    half a cosine from peak to final·peak. onecycle: a cosine from peak/25 up to peak, which it reaches at the fraction
-    `peak` of all steps, and one down to final·peak (Smith and Topin, Super-Convergence, 2018, with the cosines of
+    constant, step and cosine begin with a linear warm-up over `warmup_steps`. Then constant keeps `peak`; step has
+    ``peak * gamma**k`` after ``k * step_epochs`` epochs; cosine falls in half a cosine from `peak` to ``final * peak``.
+    onecycle rises in half a cosine from ``peak / 25`` to `peak`, reached at the fraction ``schedule.peak`` of all steps,
+    and falls in another to ``final * peak`` (Smith and Topin, Super-Convergence, 2018, with the cosines of
     torch.optim.lr_scheduler.OneCycleLR).
     """
     if schedule.name == "onecycle":
@@ -71,7 +61,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def state_tensors(optimizer: torch.optim.Optimizer) -> Tensors:
-    """The optimizer's state, flat: ``<parameter number>.<name>`` to tensor. The rest of it follows from the configuration."""
+    """The optimizer's state as a flat mapping of ``<parameter number>.<name>`` to tensor; its settings follow from the
+    configuration."""
     state = optimizer.state_dict()["state"]
     return {
         f"{number}.{name}": value for number, values in state.items() for name, value in values.items() if value is not None
@@ -79,7 +70,7 @@ def state_tensors(optimizer: torch.optim.Optimizer) -> Tensors:
 
 
 def load_state_tensors(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
-    """Puts back what `state_tensors` gave, each tensor in the memory layout of its parameter."""
+    """Restores what `state_tensors` returned, each tensor in the memory layout of its parameter."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, Tensors] = {}
     for key, value in tensors.items():
@@ -91,6 +82,6 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, tensors: Tensors) -> No
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _cosine(start: float, end: float, way: float) -> float:
-    """Half a cosine from `start` at 0 to `end` at 1."""
-    return end + (start - end) * (1 + math.cos(math.pi * way)) / 2
+def _cosine(start: float, end: float, fraction: float) -> float:
+    """Half a cosine from `start` at fraction 0 to `end` at fraction 1."""
+    return end + (start - end) * (1 + math.cos(math.pi * fraction)) / 2

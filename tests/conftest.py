@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DataLoaderConfiguration
+from helpers.wandb_server import Server
 
-from digitdist.config import load
+from digitdist.config import load_config
 from digitdist.data import Splits, load_splits
 
 
@@ -14,13 +16,13 @@ from digitdist.data import Splits, load_splits
 def mnist_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """MNIST, unpacked once for all tests."""
     root = tmp_path_factory.mktemp("data")
-    load_splits(load((), [f"data.root={root}"]).data, seed=0)
+    load_splits(load_config((), [f"data.root={root}"]).data, seed=0)
     return root
 
 
 @pytest.fixture(scope="session")
 def splits(mnist_root: Path) -> Splits:
-    return load_splits(load((), [f"data.root={mnist_root}"]).data, seed=0)
+    return load_splits(load_config((), [f"data.root={mnist_root}"]).data, seed=0)
 
 
 @pytest.fixture
@@ -32,12 +34,21 @@ def place(tmp_path: Path, mnist_root: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def accelerator() -> Accelerator:
-    return Accelerator(cpu=True)
+    """As the trainer makes it, on one process."""
+    return Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(even_batches=False))
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    """A stand-in for the W&B server."""
+    server = Server()
+    yield server
+    server.close()
 
 
 @pytest.fixture(autouse=True)
 def _same_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each test starts with one thread, with no key of a tracker's, and with nothing told by a launcher."""
+    """Each test starts with one thread, without a W&B key, and without a launcher's variables."""
     torch.set_num_threads(1)
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "ACCELERATE_MIXED_PRECISION", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)

@@ -1,0 +1,58 @@
+"""The measurements as text."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from digitdist.bench.loops import OF_EVALUATION, Rates
+from digitdist.bench.one_process import BARE, INDEXED, LOADED, ONE_IMAGE, PLAIN
+from digitdist.bench.worlds import SYNCHRONISING
+
+
+def table(one: dict[str, Any], world_size: int, world: Rates) -> str:
+    """The whole measurement, and what it says of this machine."""
+    rates: Rates = one["images_per_second"]
+    lines = [one["setting"], "", "one process, and its ratio to the bare loop"]
+    lines += _rows({name: rates[name] for name in (BARE, INDEXED, LOADED, "trainer", PLAIN)}, BARE)
+    lines += _rows({name: rates[name] for name in OF_EVALUATION}, OF_EVALUATION[0])
+    lines += [""]
+    for name, values in one["start_up"].items():
+        lines.append(f"  {name:38} {statistics.median(values['s']):10.2f} s   peak {statistics.median(values['mb']):.0f} MB")
+    phases = one["phases"]
+    shares = {name: s / phases["total"] for name, s in phases.items() if name != "total" and s / phases["total"] > 0.005}
+    parts = ", ".join(f"{name} {100 * share:.0f} %" for name, share in sorted(shares.items(), key=lambda item: -item[1]))
+    lines += [f"  {'a step of the trainer':38} {parts}"]
+    if world:
+        lines += ["", f"{world_size} processes, and their ratio to bare loops that synchronise one number each step"]
+        lines += _rows(world, SYNCHRONISING)
+        passes, cost = -(-one["shards"] // world_size), 1e3 / statistics.median(rates[ONE_IMAGE])
+        lines.append(f"  in exact mode a rank runs {passes} shards one by one; a step of a single image takes {cost:.2f} ms")
+    lines += ["", "what would help", *_verdicts(rates, world_size, world)]
+    most = max(shares, key=lambda name: shares[name])
+    lines.append(f"this machine is limited by {most}: {100 * shares[most]:.0f} % of a step")
+    return "\n".join(lines)
+
+
+def _rows(rates: Rates, base: str) -> list[str]:
+    """Each loop's median images a second, and its ratio to `base` in the same turn: median, least and greatest."""
+    lines = []
+    for name, values in rates.items():
+        ratios = [a / b for a, b in zip(values, rates[base], strict=True)]
+        spread = f"{statistics.median(ratios):5.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        lines.append(f"  {name:46} {statistics.median(values):>10,.0f} images/s   {spread}")
+    return lines
+
+
+def _verdicts(rates: Rates, world_size: int, world: Rates) -> list[str]:
+    """Whether other settings would be faster than the bare loop as configured."""
+    known = {ONE_IMAGE, BARE, INDEXED, LOADED, "trainer", PLAIN, *OF_EVALUATION}
+    median = {name: statistics.median(values) for name, values in rates.items()}
+    gains = {name: value / median[BARE] for name, value in median.items() if name not in known}
+    if world:
+        gains[f"{world_size} processes (ddp, beside the trainer)"] = statistics.median(world["ddp"]) / median["trainer"]
+    lines = []
+    for name, gain in sorted(gains.items(), key=lambda item: -item[1]):
+        verdict = "helps" if gain > 1.05 else "does not help" if gain > 0.95 else "costs"
+        lines.append(f"  {name:44} {gain:5.2f} of the speed: {verdict}")
+    return lines

@@ -1,0 +1,30 @@
+"""The configuration: a typed schema with its defaults, read from YAML files and ``key=value``, checked before anything starts.
+
+To add a key, add a field to `schema.py`, nothing else.
+"""
+
+from digitdist.config.checks import nearest_folder
+from digitdist.config.command_line import Parser
+from digitdist.config.keys import KEYS, as_dict, describe_keys, result_changes
+from digitdist.config.reading import load_config, read_config, save_config, shipped_configs
+from digitdist.config.schema import AugmentConfig, Config, DataConfig, ModelConfig, OptimConfig, ScheduleConfig, SyncConfig
+
+__all__ = [
+    "KEYS",
+    "AugmentConfig",
+    "Config",
+    "DataConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "Parser",
+    "ScheduleConfig",
+    "SyncConfig",
+    "as_dict",
+    "describe_keys",
+    "load_config",
+    "nearest_folder",
+    "read_config",
+    "result_changes",
+    "save_config",
+    "shipped_configs",
+]

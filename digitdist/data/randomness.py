@@ -1,0 +1,18 @@
+"""Seeds and permutations as fixed functions of what they are for: nothing depends on what was drawn before."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+
+def derive_seed(*parts: object) -> int:
+    """A 63-bit seed, a fixed function of `parts`, for a generator that nothing else shares."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+
+
+def permutation(count: int, *parts: object) -> Tensor:
+    """A permutation of 0..count-1, int64 [count], a fixed function of the arguments."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(derive_seed("permutation", *parts)))

@@ -1,0 +1,45 @@
+"""The process and its peers: device and precision, the `Accelerator`, what ranks do together, and how a run ends.
+
+Whatever depends on a launcher, a device, a signal or another rank's fate belongs here; what is trained does not.
+"""
+
+from digitdist.distributed.accelerator import prepare_module, start_accelerator
+from digitdist.distributed.collectives import check_equal, gather_rows, run_on_main
+from digitdist.distributed.device import device_name, peak_memory_mb, to_device
+from digitdist.distributed.failures import find_failed_rank, is_collective_failure
+from digitdist.distributed.heartbeat import NOTICED, RAISED, Heartbeat, read_beats
+from digitdist.distributed.phases import PhaseTimer
+from digitdist.distributed.plan import Plan, make_plan
+from digitdist.distributed.preflight import raise_on_all_ranks, run_preflight
+from digitdist.distributed.process import launcher_start_time, run_command
+from digitdist.distributed.shortcuts import SHORTCUTS, eager_optimizer, freeze_garbage, shortcut_enabled
+from digitdist.distributed.signals import StopRequest
+
+__all__ = [
+    "NOTICED",
+    "RAISED",
+    "SHORTCUTS",
+    "Heartbeat",
+    "PhaseTimer",
+    "Plan",
+    "StopRequest",
+    "check_equal",
+    "device_name",
+    "eager_optimizer",
+    "find_failed_rank",
+    "freeze_garbage",
+    "gather_rows",
+    "is_collective_failure",
+    "launcher_start_time",
+    "make_plan",
+    "peak_memory_mb",
+    "prepare_module",
+    "raise_on_all_ranks",
+    "read_beats",
+    "run_command",
+    "run_on_main",
+    "run_preflight",
+    "shortcut_enabled",
+    "start_accelerator",
+    "to_device",
+]

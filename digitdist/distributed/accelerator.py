@@ -1,0 +1,92 @@
+"""Builds the `Accelerator`, and prepares a network with it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import warnings
+from datetime import timedelta
+
+import psutil
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import GradientAccumulationPlugin
+from torch import nn
+
+from digitdist.config import Config
+from digitdist.distributed.plan import Plan
+from digitdist.distributed.process import note_process_group
+from digitdist.distributed.shortcuts import keep_freed_memory
+from digitdist.errors import UserError
+
+
+def start_accelerator(config: Config, plan: Plan) -> Accelerator:
+    """Builds the `Accelerator`. Collective: every rank must call it; it makes the process group.
+
+    Raises:
+        UserError: Accelerate sees another number of processes than the launcher started.
+    """
+    keep_freed_memory()
+    if plan.world.several_hosts:
+        _choose_network_interface(os.environ["MASTER_ADDR"])
+    os.environ["ACCELERATE_DYNAMO_BACKEND"] = "NO"
+    os.environ.setdefault("OMP_NUM_THREADS", str(plan.threads))  # Accelerate warns where it is not set
+    # Accelerate passes DistributedDataParallel an argument that has a new name.
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+    if config.sync.mode == "exact":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    accelerator = Accelerator(
+        cpu=plan.cpu,
+        mixed_precision="no" if plan.precision == "fp32" else plan.precision,
+        # Set explicitly, since Accelerate would otherwise read it from the environment and divide the loss by it.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        # A step may have fewer images than ranks, and no image is repeated to make the shares even.
+        dataloader_config=DataLoaderConfiguration(even_batches=False),
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(seconds=config.sync.timeout_s)),
+            # Buffers matter only in evaluations and checkpoints, and rank 0's are sent to all ranks before those.
+            DistributedDataParallelKwargs(
+                broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=config.train.accumulate == 1
+            ),
+        ],
+    )
+    if plan.world.size > 1:
+        note_process_group()
+    torch.set_num_threads(plan.threads)  # after Accelerate, which sets its own
+    if plan.device_type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 in linear layers too, as in convolutions
+    if accelerator.num_processes != plan.world.size:
+        raise UserError(
+            f"the launcher started {plan.world.size} processes, Accelerate sees {accelerator.num_processes};"
+            " start with torchrun or accelerate launch --multi_gpu"
+        )
+    return accelerator
+
+
+def prepare_module(accelerator: Accelerator, module: nn.Module, data_parallel: bool) -> nn.Module:
+    """`module` on the device, as Accelerate prepares it: with `data_parallel`, in `DistributedDataParallel` where there are
+    several ranks. Collective then: every rank must call it.
+
+    On CPUs without `DistributedDataParallel` there is nothing to prepare; Accelerate's look for DTensor parameters would
+    import 0.8 s of torch for it.
+    """
+    data_parallel = data_parallel and accelerator.num_processes > 1
+    if not data_parallel and accelerator.device.type == "cpu":
+        return module
+    return accelerator.prepare_model(module, evaluation_mode=not data_parallel)
+
+
+def _choose_network_interface(address: str) -> None:
+    """Tells gloo the network interface by which `address` is reached, unless the user has chosen one.
+
+    gloo itself takes the interface of the host's own name, and hangs where other hosts cannot reach that.
+    """
+    family, _, _, _, target = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(target)  # sends nothing
+        own = probe.getsockname()[0]
+    for name, addresses in psutil.net_if_addrs().items():
+        if own in (entry.address for entry in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)

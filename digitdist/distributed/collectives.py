@@ -1,0 +1,55 @@
+"""What ranks do together, beyond the collectives of torch and Accelerate. Every rank must call these at the same place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor
+
+from digitdist.checkpoint import Tensors, weights_sha256
+from digitdist.errors import Fault, Stopped, UserError
+
+T = TypeVar("T")
+
+
+def run_on_main(accelerator: Accelerator, act: Callable[[], T]) -> T:
+    """Calls `act` on the main rank and returns its result on every rank. Collective: every rank must call it.
+
+    A `UserError`, `Fault` or `Stopped` that it raises is raised on every rank.
+    """
+    outcome: list[Any] = [None, None]  # result, error
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = act()
+        except (UserError, Fault, Stopped) as error:
+            outcome[1] = error
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def gather_rows(accelerator: Accelerator, rows: Tensor, padding: int) -> Tensor:
+    """The rows of all ranks, rank 0's first, on the CPU. Collective: every rank must call it.
+
+    A collective needs equal shapes, so `rows` [n, k] of a rank that has fewer are filled up with rows of `padding`.
+    """
+    return accelerator.gather(accelerator.pad_across_processes(rows, pad_index=padding)).cpu()
+
+
+def check_equal(tensors: Tensors, step: int) -> None:
+    """Compares a hash of `tensors` over all ranks. Collective: every rank must call it.
+
+    Raises:
+        Fault: they differ; it names the rank and the first tensor that does.
+    """
+    if len(set(gather_object([weights_sha256(tensors)]))) == 1:
+        return
+    hashes = gather_object([{name: weights_sha256({name: tensor}) for name, tensor in tensors.items()}])
+    for rank, theirs in enumerate(hashes):
+        for name in tensors:
+            if theirs[name] != hashes[0][name]:
+                raise Fault(f"step {step}: rank {rank} and rank 0 differ in {name}; their weights must be equal")

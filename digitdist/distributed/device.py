@@ -1,0 +1,66 @@
+"""What is known of the device that a process runs on, without changing anything on it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import sys
+from pathlib import Path
+
+import torch
+from accelerate.utils import is_bf16_available, is_fp8_available
+
+
+def accelerator_type() -> str:
+    """The type of this host's accelerator, such as ``cuda``; ``cpu`` where there is none."""
+    device = torch.accelerator.current_accelerator()
+    return device.type if device else "cpu"
+
+
+def lacks(precision: str, device_type: str) -> str | None:
+    """Why `precision` (fp32, bf16, fp16 or fp8) is not possible on a device of this type; None where it is."""
+    if precision == "bf16" and device_type != "cpu" and not has_bf16(device_type):
+        return f"this {device_type} device has no bf16"
+    if precision == "fp16" and device_type not in ("cuda", "xpu"):
+        return f"fp16 autocast does nothing on {device_type}"
+    if precision == "fp8" and not (device_type == "cuda" and is_fp8_available()):
+        return "fp8 needs a CUDA device and an fp8 library"
+    return None
+
+
+def has_bf16(device_type: str) -> bool:
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return is_bf16_available(ignore_tpu=True)
+
+
+def num_cores() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def device_name(device_type: str) -> str:
+    """The maker's name for this process's device of type `device_type`."""
+    if device_type in ("cuda", "xpu"):
+        return getattr(torch, device_type).get_device_name()
+    if device_type == "cpu" and Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+    return platform.machine()
+
+
+def peak_memory_mb(device: torch.device) -> dict[str, float | None]:
+    """The most memory in MiB that this process has used so far: of its host, and of its device where that has its own."""
+    if sys.platform == "linux":  # where ru_maxrss starts from what the parent process used
+        status = Path("/proc/self/status").read_text()
+        host = int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    else:
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return {"host": round(host / 2**20, 1), "device": None if used is None else round(used / 2**20, 1)}
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`tensor`, which is on the CPU, on `device`: to a GPU from pinned memory, so that the host does not wait for it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

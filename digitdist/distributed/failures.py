@@ -1,0 +1,75 @@
+"""Which rank ended a run, when a collective has failed because one did not take part."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import psutil
+import torch.distributed as dist
+
+from digitdist.distributed.heartbeat import RAISED, RUNNING, Beat, Heartbeat
+from digitdist.distributed.phases import PHASES
+
+SEARCH_S = 2.0  # in which a process that was just killed is seen as gone
+
+
+@dataclass(frozen=True)
+class FailedRank:
+    """What happened to which rank, and whether this rank is the one of its host to report it."""
+
+    description: str
+    reported_here: bool
+
+
+def is_collective_failure(error: BaseException) -> bool:
+    """True for the error of a collective in which another rank did not take part."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+
+
+def find_failed_rank(heartbeat: Heartbeat) -> FailedRank:
+    """The rank of this host that raised an error, was killed or is frozen; else the one furthest behind.
+
+    The lowest rank that is left reports it. A frozen process is killed, since a launcher would wait half a minute for it.
+    """
+    deadline = time.monotonic() + SEARCH_S
+    beats = heartbeat.beats()
+    while time.monotonic() < deadline:
+        for what_happened, is_failed in _SIGNS.items():
+            failed = [beat for beat in beats if is_failed(beat)]
+            if failed:
+                reporter = min(beat.rank for beat in beats if beat not in failed)
+                if what_happened == "is frozen" and reporter == heartbeat.rank:
+                    os.kill(failed[0].pid, signal.SIGKILL)
+                description = f"rank {failed[0].rank} {what_happened} at {failed[0].position}"
+                return FailedRank(description, reporter == heartbeat.rank)
+        time.sleep(0.05)
+        beats = heartbeat.beats()
+    last = min(beats, key=lambda beat: (beat.step, PHASES.index(beat.phase), beat.rank == heartbeat.rank))
+    if last.rank != heartbeat.rank:
+        return FailedRank(f"rank {last.rank} did not answer, last seen at {last.position}", True)
+    return FailedRank(f"a rank of another host did not answer; rank {last.rank} was at {last.position}", True)
+
+
+def _is_gone(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return True
+
+
+def _is_frozen(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+    except psutil.NoSuchProcess:
+        return False
+
+
+_SIGNS: dict[str, Callable[[Beat], bool]] = {
+    "raised an error": lambda beat: beat.state == RAISED,
+    "was killed": lambda beat: beat.state == RUNNING and _is_gone(beat.pid),
+    "is frozen": lambda beat: _is_frozen(beat.pid),
+}

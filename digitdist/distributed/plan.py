@@ -1,0 +1,105 @@
+"""What a process will run on, decided from configuration and environment before anything is started."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+
+import torch
+
+from digitdist.config import Config
+from digitdist.distributed.device import accelerator_type, lacks, num_cores
+from digitdist.errors import UserError
+from digitdist.world import World, environment_flag, read_world
+
+PRECISIONS = ("bf16", "fp16", "fp32")  # best first, on a GPU
+UNSUPPORTED_PLUGINS = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """World, device, effective precision (fp32, bf16, fp16 or fp8) and threads of a process; `notes` are lines to print."""
+
+    world: World
+    cpu: bool
+    device_type: str
+    precision: str
+    threads: int
+    notes: tuple[str, ...]
+
+
+def make_plan(config: Config) -> Plan:
+    """Decides device, precision and threads.
+
+    Raises:
+        UserError: with every mistake of the launch, and everything that was asked of this device and is not possible.
+    """
+    world = read_world()
+    cpu = not torch.accelerator.is_available() or environment_flag("ACCELERATE_USE_CPU")
+    device_type = "cpu" if cpu else accelerator_type()
+    mistakes = _launch_mistakes(config, world, device_type)
+    precision, notes = "fp32", tuple[str, ...]()
+    try:
+        precision, notes = resolve_precision(config.train.precision, device_type)
+    except UserError as error:
+        mistakes += error.mistakes
+    if mistakes:
+        raise UserError(*mistakes)
+    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper() != "NO":
+        notes += ("accelerate launch asked for a dynamo backend, which is not used; train.compile=default compiles",)
+    threads = 1 if config.sync.mode == "exact" else max(1, num_cores() // world.local_size)
+    return Plan(world, cpu, device_type, precision, config.train.threads or threads, notes)
+
+
+def _launch_mistakes(config: Config, world: World, device_type: str) -> list[str]:
+    mistakes = []
+    if device_type != "cpu" and world.local_size > torch.accelerator.device_count():
+        mistakes.append(
+            f"{world.local_size} processes on this host would share {torch.accelerator.device_count()} {device_type} device(s);"
+            " start at most one process per device, or set ACCELERATE_USE_CPU=true to train on CPUs"
+        )
+    mistakes += [
+        f"accelerate launch asked for {name}, which is not supported; launch without it"
+        for name in UNSUPPORTED_PLUGINS
+        if environment_flag(f"ACCELERATE_USE_{name}")
+    ]
+    if config.sync.mode == "exact" and world.size > config.sync.shards:
+        mistakes.append(
+            f"sync.mode=exact takes at most sync.shards={config.sync.shards} processes, {world.size} were started;"
+            f" start fewer, or set sync.shards={world.size} (another number of shards gives other bits)"
+        )
+    compiler = os.environ.get("CXX", "g++")
+    if config.train.compile != "none" and device_type == "cpu" and not shutil.which(compiler):
+        mistakes.append(
+            f"train.compile={config.train.compile} needs a C++ compiler on a CPU, and there is no {compiler};"
+            " install one, name it in CXX, or set train.compile=none"
+        )
+    return mistakes
+
+
+def resolve_precision(requested: str, device_type: str) -> tuple[str, tuple[str, ...]]:
+    """The effective precision (fp32, bf16, fp16 or fp8), and what to print about it.
+
+    `auto` takes what `accelerate launch` was told (it sets ``no`` when it was told nothing, so ``no`` counts as nothing),
+    else the device's best.
+
+    Raises:
+        UserError: the requested precision is not possible on this device.
+    """
+    if requested == "no":
+        requested = "fp32"
+    if requested != "auto":
+        reason = lacks(requested, device_type)
+        if reason:
+            possible = ", ".join(name for name in ("bf16", "fp16", "fp32", "fp8") if not lacks(name, device_type))
+            raise UserError(f"train.precision={requested} is not possible: {reason}; here it takes auto, {possible}")
+        return requested, ()
+    best = "fp32" if device_type == "cpu" else next(name for name in PRECISIONS if not lacks(name, device_type))
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launcher not in (*PRECISIONS, "fp8"):
+        return best, ()
+    reason = lacks(launcher, device_type)
+    if reason:
+        return best, (f"accelerate launch asked for {launcher}: {reason}; training uses {best}",)
+    return launcher, ()

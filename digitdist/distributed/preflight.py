@@ -1,0 +1,133 @@
+"""Before the process group exists: all ranks meet in a store, and rank 0 compares what each says of itself.
+
+A difference, a mistake of one rank or a rank that is missing ends all of them with the same message.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import platform
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, NoReturn
+
+import torch.distributed as dist
+
+from digitdist.errors import UserError
+from digitdist.world import World, read_world, restart_count, under_torchelastic
+
+REFUSAL_TIMEOUT_S = 60.0  # for the other ranks to hear of a mistake
+
+_stores: list[dist.Store] = []  # kept as long as this process lives: the process group meets in the same store
+
+
+def run_preflight(world: World, fingerprint: dict[str, str], timeout_s: float, mistakes: Sequence[str] = ()) -> None:
+    """Waits for every rank and compares their fingerprints, name to value. Collective: every rank must call it, before the
+    process group is made, also one that has found `mistakes` of its own.
+
+    Raises:
+        UserError: the same on every rank: a rank is missing after `timeout_s`, two have the same number, two differ in a
+            value, or one has found a mistake.
+    """
+    if world.size == 1:
+        return
+    own = {"rank": world.rank, "host": platform.node(), "mistakes": mistakes, "WORLD_SIZE": str(world.size), **fingerprint}
+    limit, address = timedelta(seconds=timeout_s), (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # then one store serves all restarts
+    serves = world.rank == 0 and not agent
+    try:
+        _stores.append(dist.TCPStore(*address, None, serves, limit, wait_for_workers=False, multi_tenant=True))
+        store = dist.PrefixStore(f"preflight {restart_count() if agent else 0}", _stores[0])
+        store.set(f"fingerprint {store.add('fingerprints', 1)}", json.dumps(own))
+        if world.rank == 0:
+            store.set("verdict", "\n".join(_compare(store, own, world, timeout_s)))
+        store.wait(["verdict"], limit + timedelta(seconds=10))
+        verdict = store.get("verdict").decode()
+    except dist.DistError as error:
+        raise UserError(_no_answer(world, address, timeout_s, serves, error)) from None
+    if verdict:
+        _await_readers(store, world)
+        raise UserError(*verdict.split("\n"))
+
+
+def raise_on_all_ranks(error: UserError) -> NoReturn:
+    """Raises `error` on every rank. Collective: a rank without an error of its own is in `run_preflight`."""
+    try:
+        world = read_world()
+    except UserError:
+        raise error from None  # which says so
+    run_preflight(world, {}, REFUSAL_TIMEOUT_S, error.mistakes)
+    raise error
+
+
+def _compare(store: dist.Store, own: dict[str, Any], world: World, timeout_s: float) -> list[str]:
+    """What is wrong with the fingerprints of all ranks, taken in the order in which they arrive; empty if nothing is."""
+    if own["mistakes"]:
+        return _mistakes_of(own, world)
+    hosts: dict[int, str] = {}  # of each rank that has arrived
+    deadline = time.monotonic() + timeout_s
+    for number in itertools.count(1):
+        try:
+            store.wait([f"fingerprint {number}"], timedelta(seconds=max(0.01, deadline - time.monotonic())))
+        except dist.DistError:
+            return [_missing_ranks(hosts, world, timeout_s)]
+        other = json.loads(store.get(f"fingerprint {number}"))
+        rank, host = other["rank"], other["host"]
+        differences = _mistakes_of(other, world) if other["mistakes"] else _differences(own, other)
+        if differences:
+            return differences
+        if rank in hosts and not under_torchelastic():  # torchrun numbers ranks itself, anew at each rendezvous
+            return [f"two processes say that they are rank {rank}, on {hosts[rank]} and on {host}; give each host its own RANK"]
+        hosts[rank] = host
+        if len(hosts) == world.size:
+            return []
+    raise AssertionError
+
+
+def _differences(own: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    return [
+        f"{name} is {own.get(name)} at rank 0 on {own['host']} and {other.get(name)} at rank {other['rank']} on"
+        f" {other['host']}; it must be the same everywhere"
+        for name in sorted((own.keys() | other.keys()) - {"rank", "host", "mistakes"})
+        if own.get(name) != other.get(name)
+    ]
+
+
+def _mistakes_of(fingerprint: dict[str, Any], world: World) -> list[str]:
+    """The mistakes of a rank, with its name where they may concern its host alone."""
+    prefix = f"rank {fingerprint['rank']} on {fingerprint['host']}: " if world.several_hosts else ""
+    return [prefix + mistake for mistake in fingerprint["mistakes"]]
+
+
+def _missing_ranks(hosts: dict[int, str], world: World, timeout_s: float) -> str:
+    missing = [rank for rank in range(world.size) if rank not in hosts]
+    names = [f"rank {rank}" + (f" (of host {rank // world.local_size})" if world.several_hosts else "") for rank in missing]
+    present = ", ".join(f"rank {rank} on {host}" for rank, host in sorted(hosts.items()))
+    return (
+        f"{', '.join(names)} has not come within sync.join_timeout_s={timeout_s:g}; present: {present}:"
+        " check that the missing ones were started and can reach MASTER_ADDR and MASTER_PORT"
+    )
+
+
+def _no_answer(world: World, address: tuple[str, int], timeout_s: float, serves: bool, error: Exception) -> str:
+    """Why this rank has not reached rank 0."""
+    if serves and "EADDRINUSE" in str(error):
+        return f"MASTER_PORT={address[1]} is taken on {platform.node()}; give a free port, the same on all hosts"
+    return (
+        f"rank {world.rank} on {platform.node()}: rank 0 has not answered at {address[0]}:{address[1]} within"
+        f" sync.join_timeout_s={timeout_s:g}; check that its host was started, that this is its address, and that the"
+        " firewall lets the port through"
+    )
+
+
+def _await_readers(store: dist.Store, world: World) -> None:
+    """Has rank 0, which may serve the store, leave last."""
+    with contextlib.suppress(dist.DistError):  # the others may be gone, or never come
+        if world.rank:
+            store.set(f"read {world.rank}", "")
+        else:
+            store.wait([f"read {rank}" for rank in range(1, world.size)], timedelta(seconds=5))

@@ -1,0 +1,107 @@
+"""How a command begins and ends as a process: its launcher, its exit code, its last words."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import NoReturn
+
+import psutil
+
+from digitdist.errors import EXIT_FAULT, EXIT_STOPPED, EXIT_USER_ERROR, Fault, PeerFailed, Stopped, UserError
+from digitdist.world import is_main, max_restarts, print_main, restart_count, under_torchelastic
+
+REPORT_GRACE_S = 30.0  # in which another rank of this host may report an error, and the launcher end this one
+LAUNCHERS = ("torchrun", "torch.distributed", "accelerate")
+
+_had_process_group = False
+
+
+def run_command(main: Callable[[], None]) -> NoReturn:
+    """Runs a command and ends the process with the exit code of its outcome."""
+    _die_with_launcher()
+    code = 0
+    try:
+        main()
+    except UserError as error:
+        _report_once_a_host(f"error: {error}")
+        _end_launcher()
+        code = EXIT_USER_ERROR
+    except Stopped as stop:
+        print_main(str(stop))
+        code = EXIT_STOPPED
+    except PeerFailed:
+        code = EXIT_FAULT
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    except BrokenPipeError:  # whoever reads our output has seen enough, as in `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception as error:
+        if isinstance(error, Fault) and not is_main():
+            _wait_for_launcher()
+        traceback.print_exc()
+        code = EXIT_FAULT
+    leave(code)
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process as any Python program ends; at once, if it has ever had a process group.
+
+    No exit handler may then wait for a rank that is gone, and a gloo thread that frees its last tensor while Python shuts
+    down would abort the process.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            stream.flush()
+    if _had_process_group:
+        os._exit(code)
+    sys.exit(code)
+
+
+def note_process_group() -> None:
+    """Tells `leave` that this process has had a process group, even if that is destroyed by then."""
+    global _had_process_group
+    _had_process_group = True
+
+
+def launcher_start_time() -> float | None:
+    """When this process's launcher was started, in seconds since 1970: the same after a restart. None without a launcher."""
+    return psutil.Process(os.getppid()).create_time() if under_torchelastic() else None
+
+
+def _report_once_a_host(text: str) -> None:
+    """Prints an error on local rank 0; on the others if the launcher has not ended them after a while."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        _wait_for_launcher()
+    print(text, file=sys.stderr, flush=True)
+
+
+def _wait_for_launcher() -> None:
+    """Gives a slower rank time to report: the launcher ends all ranks as soon as one has ended."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(REPORT_GRACE_S)
+
+
+def _end_launcher() -> None:
+    """Ends a launcher that would start the workers again, which does not mend a mistake."""
+    if not under_torchelastic() or restart_count() >= max_restarts():
+        return
+    parent = psutil.Process(os.getppid())
+    if any(name in word for word in parent.cmdline() for name in LAUNCHERS):  # and not somebody's own program
+        parent.terminate()
+
+
+def _die_with_launcher() -> None:
+    """Has Linux kill this process when its launcher dies: torchrun gives its workers sessions of their own, in which they
+    would train on unseen and hold the run's lock."""
+    if sys.platform == "linux" and under_torchelastic():
+        parent, set_parent_death_signal = os.getppid(), 1  # linux/prctl.h
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+        if os.getppid() != parent:
+            sys.exit(EXIT_FAULT)

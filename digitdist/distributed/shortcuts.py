@@ -1,0 +1,63 @@
+"""Shortcuts past what torch, Python and the C library do by themselves: what each saves, and how to switch it off.
+
+``DIGITDIST_WITHOUT=allocator,gc`` runs without those named. ``python -m digitdist.bench`` shows what each saves on a machine.
+
+allocator   glibc keeps freed memory for the next step, instead of returning its pages and faulting them in anew.
+gc          Python's garbage collector leaves alone what exists when training begins: looking through all of torch's objects
+            takes 0.1 s in the middle of a step.
+compiler    torch's optimizers do not import torch's compiler (2 s at the start) only to ask it to leave them alone.
+exchange    two ranks on CPUs exchange their gradients in one message each way (`digitdist.sync`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import inspect
+import os
+import platform
+from collections.abc import Iterable
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SHORTCUTS = ("allocator", "gc", "compiler", "exchange")
+
+
+def shortcut_enabled(name: str) -> bool:
+    """False where the environment variable DIGITDIST_WITHOUT names this shortcut."""
+    assert name in SHORTCUTS
+    return name not in os.environ.get("DIGITDIST_WITHOUT", "").split(",")
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep freed memory; other C libraries are left as they are."""
+    if shortcut_enabled("allocator") and platform.libc_ver()[0] == "glibc":
+        trim_threshold, mmap_threshold = -1, -3  # malloc.h
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_threshold, 2**30)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+
+
+def freeze_garbage() -> None:
+    """Has Python's garbage collector leave alone all objects that exist now."""
+    if shortcut_enabled("gc"):
+        gc.freeze()
+
+
+def eager_optimizer(kind: type[torch.optim.Optimizer], parameters: Iterable[Tensor], **options: Any) -> torch.optim.Optimizer:
+    """``kind(parameters, **options)``, an optimizer of torch's, whose methods do not import torch's compiler.
+
+    torch wraps these methods so that its compiler leaves them alone, and imports the compiler for it.
+    """
+    if shortcut_enabled("compiler"):
+        for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
+            method = inspect.unwrap(getattr(torch.optim.Optimizer, name))
+            # Where torch._compile keeps the method as its compiler returned it: the same, but for a mark.
+            method.__dict__.setdefault("__dynamo_disable", method)
+    optimizer = kind(parameters, **options)
+    if shortcut_enabled("compiler"):
+        optimizer.step = MethodType(torch.no_grad()(inspect.unwrap(kind.step)), optimizer)  # type: ignore[method-assign]
+    return optimizer

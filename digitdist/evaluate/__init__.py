@@ -1,0 +1,20 @@
+"""The accuracy of a network as a proven count: predictions of all ranks, each image once, and their statistics.
+
+A new statistic is a function in `statistics.py` with its source.
+"""
+
+from digitdist.evaluate.evaluating import chunked_loader, evaluate
+from digitdist.evaluate.result import Evaluation, load_predictions, save_predictions
+from digitdist.evaluate.statistics import calibration, holm, mcnemar, wilson_interval
+
+__all__ = [
+    "Evaluation",
+    "calibration",
+    "chunked_loader",
+    "evaluate",
+    "holm",
+    "load_predictions",
+    "mcnemar",
+    "save_predictions",
+    "wilson_interval",
+]

@@ -1,0 +1,73 @@
+"""Predictions of all ranks, each image exactly once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from digitdist.config import Config
+from digitdist.data import Batch, DataSetInfo, ImageSet, evaluation_loader, normalise
+from digitdist.distributed import gather_rows
+from digitdist.evaluate.result import Evaluation
+from digitdist.models import NUM_CLASSES
+
+
+def chunked_loader(accelerator: Accelerator, images: ImageSet, config: Config) -> DataLoader[Batch]:
+    """This rank's part of `images`, which are on the device, in fixed chunks of ``data.eval_batch_size / sync.shards``: an
+    image is computed together with the same others on any world size."""
+    return evaluation_loader(accelerator, images, chunk_size=-(-config.data.eval_batch_size // config.sync.shards))
+
+
+def evaluate(accelerator: Accelerator, model: nn.Module, loader: Iterable[Batch], info: DataSetInfo) -> Evaluation:
+    """Predicts every image of a `chunked_loader` once, shared over all ranks. Collective: every rank must call it.
+
+    The sums over images are taken in the order of their indices, so that losses too are the same on any world size.
+
+    Raises:
+        RuntimeError: an image is missing, or was predicted twice.
+    """
+    logits, labels = _predict(accelerator, model, loader, info)
+    names = gather_rows(accelerator, labels, padding=-1)
+    scores = gather_rows(accelerator, logits, padding=0)
+    order = names[:, 0].argsort(stable=True)
+    order = order[names[order, 0] >= 0]
+    index, label = names[order].T
+    check_each_once(index.numpy(), loader.dataset.indices)  # type: ignore[attr-defined]
+    log_probability = scores[order].log_softmax(1)  # of all images at once, so that the world size has no influence
+    highest, prediction = log_probability.max(1)
+    loss = F.nll_loss(log_probability, label, reduction="none")
+    return Evaluation(*(column.numpy() for column in (index, label, prediction, highest.exp(), loss)))
+
+
+def _predict(accelerator: Accelerator, model: nn.Module, loader: Iterable[Batch], info: DataSetInfo) -> tuple[Tensor, Tensor]:
+    """This rank's logits, float32 [n, 10], and the index and label of each, int64 [n, 2]."""
+    device = accelerator.device
+    logits = [torch.empty(0, NUM_CLASSES, device=device)]
+    labels = [torch.empty(0, 2, dtype=torch.int64, device=device)]
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode(), accelerator.autocast():
+        for batch in loader:
+            if len(batch.labels):
+                logits.append(model(normalise(batch.images, info)))
+                labels.append(torch.stack([batch.indices, batch.labels], 1))
+    model.train(was_training)
+    return torch.cat([part.float() for part in logits]), torch.cat(labels)
+
+
+def check_each_once(index: np.ndarray, expected: Tensor) -> None:
+    """Refuses a result in which an image is missing or counted twice.
+
+    Raises:
+        RuntimeError: the sorted `index` does not have each of `expected`, int64 [n], exactly once.
+    """
+    wanted = np.sort(expected.cpu().numpy())
+    if not np.array_equal(index, wanted):
+        distinct = len(np.unique(index))
+        raise RuntimeError(f"{len(index)} predictions of {distinct} distinct images; {len(wanted)} are needed, once each")

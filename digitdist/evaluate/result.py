@@ -1,0 +1,101 @@
+"""The result of an evaluation: one row an image, its counts, and its file ``predictions.npz``."""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from digitdist.checkpoint import atomic_write
+from digitdist.evaluate.statistics import wilson_interval
+from digitdist.models import NUM_CLASSES
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One row an image, sorted by index: `index`, `label`, `prediction` int64 [n], `probability`, `loss` float32 [n].
+
+    `probability` is the network's for the predicted class, `loss` the cross-entropy of the image in nats.
+    """
+
+    index: np.ndarray
+    label: np.ndarray
+    prediction: np.ndarray
+    probability: np.ndarray
+    loss: np.ndarray
+
+    @property
+    def total(self) -> int:
+        return len(self.index)
+
+    @property
+    def correct(self) -> int:
+        return int((self.label == self.prediction).sum())
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.total
+
+    @property
+    def mean_loss(self) -> float:
+        return math.fsum(self.loss.tolist()) / self.total
+
+    @property
+    def confusion(self) -> np.ndarray:
+        """int64 [10, 10]: how many images of class ``row`` were predicted as ``column``."""
+        counts = np.bincount(self.label * NUM_CLASSES + self.prediction, minlength=NUM_CLASSES**2)
+        return counts.reshape(NUM_CLASSES, NUM_CLASSES)
+
+    @property
+    def class_accuracy(self) -> list[float | None]:
+        """Accuracy over the images of each class; None where there are none."""
+        return [int(row[i]) / int(row.sum()) if row.sum() else None for i, row in enumerate(self.confusion)]
+
+    def worst_mistakes(self, count: int) -> np.ndarray:
+        """The rows of the wrong predictions with the highest losses, worst first: int64 [up to count]."""
+        wrong = np.flatnonzero(self.label != self.prediction)
+        return wrong[np.argsort(-self.loss[wrong], kind="stable")][:count]
+
+    def metrics(self, split: str) -> dict[str, float]:
+        """Loss and counts, each named ``split/…``."""
+        values = {"loss": self.mean_loss, "accuracy": self.accuracy, "correct": self.correct, "total": self.total}
+        return {f"{split}/{name}": value for name, value in values.items()}
+
+    def __str__(self) -> str:
+        low, high = wilson_interval(self.correct, self.total)
+        return (
+            f"{self.correct:,}/{self.total:,} correct = {100 * self.accuracy:.2f} %"
+            f" (95 % interval {100 * low:.2f} to {100 * high:.2f} %), loss {self.mean_loss:.4f}"
+        )
+
+
+def save_predictions(result: Evaluation, file: Path) -> None:
+    """Writes index, label, prediction and probability of each image as `file`.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    buffer = io.BytesIO()
+    np.savez_compressed(
+        buffer, index=result.index, label=result.label, prediction=result.prediction, probability=result.probability
+    )
+    atomic_write(file, buffer.getvalue())
+
+
+def load_predictions(file: Path) -> Evaluation:
+    """What `save_predictions` wrote; its losses, which are not stored, are NaN.
+
+    Raises:
+        OSError, ValueError, KeyError, zipfile.BadZipFile: the file cannot be read, or does not hold predictions.
+    """
+    with np.load(file, allow_pickle=False) as saved:
+        index, label, prediction = (saved[name].astype(np.int64) for name in ("index", "label", "prediction"))
+        probability = saved["probability"].astype(np.float64)
+    if not index.size or any(column.shape != index.shape for column in (label, prediction, probability)):
+        raise ValueError("its columns are empty or of unequal length")
+    if not all(column.min() >= 0 and column.max() < NUM_CLASSES for column in (label, prediction)):
+        raise ValueError("it holds a class that does not exist")
+    return Evaluation(index, label, prediction, probability, np.full(len(index), np.nan))

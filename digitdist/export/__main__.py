@@ -1,0 +1,63 @@
+"""The command ``python -m digitdist.export``: a run's model as one file.
+
+python -m digitdist.export RUN --format onnx
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+
+from digitdist.config import Parser
+from digitdist.distributed import run_command
+from digitdist.errors import UserError
+from digitdist.export.formats import FORMATS
+from digitdist.export.parity import export
+from digitdist.runs import load_run
+from digitdist.world import print_main, read_world
+
+
+def check_possible(form: str, file: Path) -> None:
+    """Refuses, before any work is done, a format that is not installed and a file that cannot be written.
+
+    Raises:
+        UserError: naming which.
+    """
+    try:
+        for name in ("onnx", "onnxscript", "onnxruntime") if form == "onnx" else ():
+            importlib.import_module(name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        writable = os.access(file.parent, os.W_OK | os.X_OK)
+        reason = "is a folder" if file.is_dir() else None if writable else "no permission to write there"
+    except ImportError as error:
+        raise UserError(f"--format onnx is not possible ({error}); pip install 'digitdist[export]'") from None
+    except OSError as error:
+        reason = error.strerror
+    if reason:
+        raise UserError(f"--output {file}: {reason}; give a file in a folder you can write to")
+
+
+def main() -> None:
+    """The command."""
+    parser = Parser(
+        "python -m digitdist.export",
+        "A run's model as one file, from raw images to probabilities, and a parity check against the run.",
+        "runs/quick --format onnx",
+    )
+    parser.add_run()
+    parser.add_overrides()
+    parser.add_argument("--format", required=True, choices=FORMATS, help="safetensors holds the weights alone")
+    parser.add_argument("--output", metavar="FILE", help="default: export/model.onnx, .pt2 or .safetensors in the run's folder")
+    arguments = parser.parse_args()
+
+    if read_world().size > 1:
+        raise UserError("an export is the work of one process; start it with python -m digitdist.export")
+    run = load_run(arguments.run, arguments.overrides)
+    file = Path(arguments.output or run.folder / "export" / f"model.{FORMATS[arguments.format].suffix}")
+    check_possible(arguments.format, file)
+    print_main(export(run, arguments.checkpoint, arguments.format, file))
+
+
+if __name__ == "__main__":
+    run_command(main)

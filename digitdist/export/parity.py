@@ -1,0 +1,102 @@
+"""Writes a run's model as a file, and keeps it only if it predicts every test image as the run's model does."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import digitdist
+from digitdist.checkpoint import weights_sha256, write_synced
+from digitdist.data import DATA_SETS, load_splits
+from digitdist.export.formats import FORMATS, Classifier, Classify
+from digitdist.runs import StoredRun
+
+
+def export(run: StoredRun, which: str, form: str, file: Path) -> str:
+    """Writes checkpoint `which` of `run` as `file`; returns how the file compares with the run on all test images.
+
+    The file is written under a temporary name, loaded again from the disk and tried before it gets its own name.
+
+    Raises:
+        UserError: there is no such checkpoint or data set, or the model cannot be traced.
+        RuntimeError: the file does not predict as the run's model does. Whatever is raised, `file` is left as it was.
+    """
+    config, info = run.config, DATA_SETS[run.config.data.name]
+    test = load_splits(config.data, config.seed).test
+    stored = run.checkpoint(which)
+    network = run.model(stored)
+    classifier = Classifier(network, info)
+    expected = probabilities(classifier, test.images)
+    correct, total = int((expected.argmax(1) == test.labels).sum()), len(test)
+    metadata = {
+        "digitdist_version": digitdist.__version__,
+        "run": run.folder.resolve().name,
+        "step": stored.step,
+        "weights_sha256": weights_sha256(network.state_dict()),
+        "model": config.model.target or config.model.name,
+        "model_args": config.model.args,
+        "data_set": config.data.name,
+        "classes": info.classes,
+        "pixel_mean": 255 * info.mean,
+        "pixel_std": 255 * info.std,
+        "test_correct": correct,
+        "test_total": total,
+        "test_accuracy": correct / total,
+    }
+    temporary = file.with_name(f".{file.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        with quiet():
+            write_synced(temporary, FORMATS[form].write(classifier, metadata))
+            difference = compare(probabilities(FORMATS[form].read(temporary, config), test.images), expected)
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+    counted = f"{correct:,}/{total:,} correct = {100 * correct / total:.2f} %"
+    return (
+        f"{run.folder} at step {stored.step:,}, {config.data.name} test: {counted}\n{file}: the same prediction on all"
+        f" {total:,} images, largest difference of a probability {difference:.2g}"
+    )
+
+
+@torch.no_grad()
+def probabilities(classify: Classify, images: Tensor) -> Tensor:
+    """float32 [n, 10] for uint8 [n, 28, 28], in batches of 1, 7, 1,000 and the rest, since a graph must take any size."""
+    return torch.cat([classify(batch) for batch in (*images[:8].split((1, 7)), *images[8:].split(1000))])
+
+
+def compare(found: Tensor, expected: Tensor) -> float:
+    """The largest difference between two sets of probabilities, float32 [n, 10], that predict the same.
+
+    Raises:
+        RuntimeError: they do not predict the same.
+    """
+    different = int((found.argmax(1) != expected.argmax(1)).sum())
+    difference = (found - expected).abs().max().item()
+    if different:
+        raise RuntimeError(
+            f"the exported model predicts {different:,} of {len(expected):,} test images differently than the run's"
+            f" (largest difference of a probability {difference:.2g}): it was not kept"
+        )
+    return difference
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Suppresses the exporters' warnings and progress, about which a user can do nothing; errors are raised and logged."""
+    level, output = logging.root.manager.disable, io.StringIO()
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)

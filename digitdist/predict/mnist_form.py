@@ -1,0 +1,64 @@
+"""The digit of a picture in the form of MNIST's own images."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from digitdist.models import IMAGE_SHAPE
+from digitdist.predict.ink import extent, extract_ink
+
+SIDE = IMAGE_SHAPE[-1]
+BOX = 20  # MNIST's digits fill a box of so many pixels
+EDGE = 0.25  # ink at which the box of the digit ends; artefacts around the ink are weaker
+PEN_WIDTHS = (1.5, 5.0)  # thinnest and thickest mean stroke, in pixels of the box: about MNIST's own range
+
+
+def mnist_form(image: Image.Image) -> Tensor:
+    """The digit of an RGBA picture as MNIST has it: uint8 [28, 28], light ink on dark.
+
+    It is scaled to fit a box of 20×20 pixels, its aspect ratio kept, with antialiasing, and put with its centre of mass at
+    the centre of 28×28, as in Y. LeCun, L. Bottou, Y. Bengio and P. Haffner, Gradient-Based Learning Applied to Document
+    Recognition, Proc. IEEE 86(11), 1998, section III.A. A pen far thinner or thicker than MNIST's is brought to its range.
+
+    Raises:
+        UserError: there is no ink.
+    """
+    ink = _crop(extract_ink(image))
+    ink = _crop(_adjust_pen(ink))
+    scale = BOX / max(ink.shape)
+    height, width = (max(1, round(side * scale)) for side in ink.shape)
+    small = np.asarray(Image.fromarray(ink).resize((width, height), Image.Resampling.BICUBIC)).clip(0, 1)
+    small = small / small.max()
+    top = SIDE // 2 - np.average(np.arange(height), weights=small.sum(1))  # in all of MNIST it rounds to pixel 14
+    left = SIDE // 2 - np.average(np.arange(width), weights=small.sum(0))
+    row, column = min(max(round(top), 0), SIDE - height), min(max(round(left), 0), SIDE - width)
+    form = torch.zeros(SIDE, SIDE, dtype=torch.uint8)
+    form[row : row + height, column : column + width] = torch.from_numpy((255 * small).round().astype(np.uint8))
+    return form
+
+
+def _adjust_pen(ink: np.ndarray) -> np.ndarray:
+    """The ink, padded, with strokes of a width in MNIST's range, grown or worn away at their edges."""
+    unit = max(ink.shape) / BOX
+    padded = np.pad(ink, max(1, round(PEN_WIDTHS[0] * unit)))
+    # Measured at five pixels a unit at most, which averages out noise: it would count as edges.
+    fine = F.avg_pool2d(torch.from_numpy(padded)[None], max(1, int(unit / 5)))[0].numpy()
+    edges = np.abs(np.diff(fine, axis=0)).sum() + np.abs(np.diff(fine, axis=1)).sum()
+    # An edge in all directions is π/4 of its steps along the axes.
+    width = 2 * fine.sum() / (edges * np.pi / 4) * max(1, int(unit / 5)) / unit
+    radius = round((float(np.clip(width, *PEN_WIDTHS)) - width) / 2 * unit)
+    if not radius:
+        return padded
+    sign = 1 if radius > 0 else -1
+    grown, size = sign * torch.from_numpy(padded)[None], 2 * abs(radius) + 1
+    for kernel, padding in (((size, 1), (abs(radius), 0)), ((1, size), (0, abs(radius)))):  # one axis at a time: far faster
+        grown = F.max_pool2d(grown, kernel, stride=1, padding=padding)
+    return sign * grown[0].numpy()
+
+
+def _crop(ink: np.ndarray) -> np.ndarray:
+    return ink[extent(ink > EDGE)]

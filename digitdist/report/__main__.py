@@ -1,0 +1,46 @@
+"""The command ``python -m digitdist.report RUN...``: plots and pages of runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from digitdist.config import Parser
+from digitdist.distributed import run_command
+from digitdist.errors import UserError
+from digitdist.report.comparison import write_comparison
+from digitdist.report.run_page import write_report
+from digitdist.runs import find_run, sync_wandb
+
+
+def main() -> None:
+    """The command."""
+    parser = Parser(
+        "python -m digitdist.report",
+        "Plots and one HTML page of each run, and of several runs a page that compares them.",
+        "quick other --output comparison.html",
+    )
+    parser.add_argument(
+        "runs", nargs="+", metavar="[sync] RUN", help="folders or names of runs; after sync, runs to send to W&B"
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE", help="the comparison of several runs (default: comparison.html)")
+    arguments = parser.parse_args()
+    if arguments.runs[0] == "sync" and len(arguments.runs) > 1:
+        for run in arguments.runs[1:]:
+            sync_wandb(find_run(run), print)
+        return
+    folders = list({folder.resolve(): folder for folder in map(find_run, arguments.runs)}.values())
+    if arguments.output and len(folders) < 2:
+        parser.error("--output names the comparison of several runs; one run's page is report.html in its folder")
+    try:
+        for folder in folders:
+            print(write_report(folder), flush=True)
+        if len(folders) > 1:
+            output = arguments.output or Path("comparison.html")
+            write_comparison(folders, output)
+            print(output)
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}; give a place that you can write to") from None
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,83 @@
+"""Pages: one HTML file each, which needs no network and no script, and in which every text is escaped."""
+
+from __future__ import annotations
+
+import base64
+import io
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from digitdist.checkpoint import atomic_write
+from digitdist.evaluate import wilson_interval
+from digitdist.report.plots import Plot
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A plot as a page shows it: its image as a ``data:`` address, or empty where there is none."""
+
+    title: str
+    alt: str
+    caption: str
+    source: str
+
+
+def draw(plot: Plot, file: Path | None = None) -> Picture:
+    """A plot as a picture, and as `file` too; the file of a plot that no longer exists is removed.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    if plot.figure is None:
+        if file:
+            file.unlink(missing_ok=True)
+        return Picture(plot.title, plot.alt, plot.caption, "")
+    buffer = io.BytesIO()
+    plot.figure.savefig(buffer, format="png")
+    if file:
+        file.parent.mkdir(exist_ok=True)
+        atomic_write(file, buffer.getvalue())
+    source = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return Picture(plot.title, plot.alt, plot.caption, source)
+
+
+def write_page(file: Path, template: str, **values: Any) -> None:
+    """Fills in ``templates/TEMPLATE.html.j2`` and writes it as `file`.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    atomic_write(file, _environment().get_template(f"{template}.html.j2").render(values).encode())
+
+
+def percent(correct: int, total: int) -> str:
+    return f"{100 * correct / total:.2f} %" if total else "none"
+
+
+def score(correct: int, total: int) -> str:
+    low, high = wilson_interval(correct, total)
+    return f"{percent(correct, total)} (95 % interval {100 * low:.2f} to {100 * high:.2f} %)"
+
+
+def rate(result: dict[str, Any]) -> str:
+    return f"{result['images_per_second']:,.0f}" if result["images_per_second"] else "none"
+
+
+def plain(value: object) -> str:
+    """A value as YAML has it."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("digitdist.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )

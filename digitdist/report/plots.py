@@ -1,0 +1,223 @@
+"""The plots of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from digitdist.config import DataConfig
+from digitdist.data import ImageSet, load_splits
+from digitdist.errors import UserError
+from digitdist.evaluate import Evaluation, calibration, wilson_interval
+from digitdist.models import NUM_CLASSES
+from digitdist.report.record import Record
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+NUM_BINS = 15  # of the calibration
+NUM_MISTAKES, MISTAKES_A_ROW = 36, 6
+# Okabe and Ito's colours, which colour-blind people can tell apart, without the yellow that is faint on white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+BLUE, VERMILION, GREEN = COLOURS[0], COLOURS[1], COLOURS[2]
+GREY = "#555555"
+MARKERS = "os^Dvp*"
+STYLE: dict[Any, Any] = {
+    "figure.dpi": 150,
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "lines.linewidth": 1.2,
+    "legend.frameon": False,
+    "text.parse_math": False,  # a $ in a run's name is a $
+}
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure with its alternative text and its caption; without a figure, the caption says why there is none."""
+
+    title: str
+    alt: str
+    caption: str
+    figure: Figure | None = None
+
+
+def plot_curves(records: Sequence[Record], names: Sequence[str]) -> Plot:
+    """Loss and accuracy over epochs, of one run with all its splits, or of several runs."""
+    if not any(record.events for record in records):
+        return Plot("Curves", "", "No metrics yet.")
+    figure = _figure(3.1 + 0.18 * len(records))
+    loss, accuracy = figure.subplots(1, 2, sharex=True)
+    for number, (record, name) in enumerate(zip(records, names, strict=True)):
+        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number // len(COLOURS) % len(MARKERS)]
+        several = len(records) > 1
+        loss.plot(*record.points("train/loss", "epoch"), color=colour, lw=0.7, alpha=0.6, label="" if several else "training")
+        if several:
+            _plot_scores(loss, accuracy, record, "test", color=colour, marker=marker, label=name)
+        else:
+            _plot_scores(loss, accuracy, record, "validation", color=GREEN, marker=marker, label="held-out")
+            _plot_scores(loss, accuracy, record, "test", color=VERMILION, marker=marker, label="test")
+    loss.set(xlabel="epoch", ylabel="cross-entropy (nats, log scale)", yscale="log", title="Loss")
+    _format_log_axis(loss)
+    accuracy.set(xlabel="epoch", ylabel="correct (%)", title="Accuracy")
+    figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    caption = "Lines: loss of single training batches before their update. Points: whole evaluations, with 95 % intervals."
+    return Plot("Curves", f"Two line plots over epochs, loss and accuracy, of {', '.join(names)}.", caption, figure)
+
+
+def plot_throughput(record: Record) -> Plot:
+    """Images a second by step; where a run has several attempts, also the world size of each."""
+    step, rate = record.points("train/images_per_second", "step")
+    caption = "Training images a second, over all ranks, since the line logged before."
+    if not len(step):
+        return Plot("Throughput", "", "No throughput logged yet.")
+    several = len(record.attempts) > 1
+    figure = _figure(3.6 if several else 2.4)
+    panels = figure.subplots(1 + several, 1, sharex=True, squeeze=False, height_ratios=[2, 1][: 1 + several])[:, 0]
+    panels[0].plot(step, rate, color=BLUE, marker="o" if len(step) < 50 else "", markersize=3)
+    panels[0].set(ylabel="images/s", ylim=(0, 1.1 * rate.max()))
+    panels[0].yaxis.set_major_formatter("{x:,.0f}")
+    panels[-1].set_xlabel("step")
+    if several:
+        caption += " Dashed: restarts. Below: the world size of each attempt, from its first step to the last it reached."
+        _plot_attempts(panels, record)
+    return Plot("Throughput", "Line plot of images a second by step, restarts marked.", caption, figure)
+
+
+def plot_confusion(record: Record) -> Plot:
+    """How often each class was predicted as each other; only mistakes are coloured, which the diagonal would outshine."""
+    if record.predictions is None:
+        return Plot("Confusion", "", "No predictions yet.")
+    counts = record.predictions.confusion
+    mistakes = np.where(np.eye(NUM_CLASSES, dtype=bool), 0, counts)
+    figure = _figure(5.6)
+    axis = figure.subplots()
+    axis.imshow(mistakes, cmap="Blues", vmin=0, vmax=max(1, 1.15 * mistakes.max()))
+    for (row, column), count in np.ndenumerate(counts):
+        dark = mistakes[row, column] > 0.6 * mistakes.max()
+        colour = "white" if dark and row != column else "#222222" if count else "#bbbbbb"
+        axis.text(column, row, f"{count}", ha="center", va="center", color=colour, weight="bold" if row == column else None)
+    long = max(map(len, record.classes)) > 3
+    axis.set_xticks(range(NUM_CLASSES), record.classes, rotation=45 if long else 0, ha="right" if long else "center")
+    axis.set_yticks(range(NUM_CLASSES), record.classes)
+    axis.set(xlabel="predicted class", ylabel="true class")
+    axis.grid(False)
+    caption = "Test images by true and predicted class. The darker, the more frequent a mistake; the diagonal is right."
+    return Plot("Confusion", "Matrix of counts: true class by predicted class.", caption, figure)
+
+
+def plot_mistakes(record: Record) -> Plot:
+    """The images that were predicted wrong with the highest probability."""
+    result = record.predictions
+    if result is None:
+        return Plot("Worst mistakes", "", "No predictions yet.")
+    wrong = np.flatnonzero(result.label != result.prediction)
+    worst = wrong[np.argsort(-result.probability[wrong], kind="stable")][:NUM_MISTAKES]
+    if not len(worst):
+        return Plot("Worst mistakes", "", "There are none: every test image is predicted right.")
+    try:
+        images = _test_images(record.data, result).images.numpy()
+    except UserError as error:
+        return Plot("Worst mistakes", "", f"No picture, since the test images are not to be had here: {error}.")
+    num_rows, cell = -(-len(worst) // MISTAKES_A_ROW), 44  # pixels of an image with its title and margins
+    figure = _figure(1.16 * num_rows)
+    canvas = np.zeros((num_rows * cell, MISTAKES_A_ROW * cell), np.uint8)  # one axis an image would take seconds to lay out
+    axis = figure.subplots()
+    for number, row in enumerate(worst):
+        y, x = number // MISTAKES_A_ROW * cell, number % MISTAKES_A_ROW * cell
+        canvas[y + 15 : y + 43, x + 8 : x + 36] = images[result.index[row]]
+        label, prediction = (record.classes[column[row]] for column in (result.label, result.prediction))
+        title = f"{label} → {prediction}\n{result.probability[row]:.3f}"
+        size = 9 if len(label + prediction) < 12 else 6.5
+        axis.text(x + cell / 2, y + 14, title, ha="center", va="bottom", fontsize=size)
+    axis.imshow(canvas, cmap="gray_r", vmin=0, vmax=255)
+    axis.set_axis_off()
+    count = f"{len(worst)} of {len(wrong):,} mistakes" if len(worst) < len(wrong) else f"All {len(wrong)} mistakes"
+    caption = f"{count}, the most confident first: label → prediction, and the probability that the network gave it."
+    return Plot("Worst mistakes", "Test images that were predicted wrong with the highest probability.", caption, figure)
+
+
+def plot_calibration(record: Record) -> Plot:
+    """Reliability diagram, and how many images each of its bins has."""
+    if record.predictions is None:
+        return Plot("Calibration", "", "No predictions yet.")
+    result = record.predictions
+    bins = calibration(result.probability, result.label == result.prediction, NUM_BINS)
+    left, width = np.arange(NUM_BINS) / NUM_BINS, 1 / NUM_BINS
+    figure = _figure(4.8)
+    top, below = figure.subplots(2, 1, sharex=True, height_ratios=[2.4, 1])
+    top.bar(left, bins.accuracy, width, align="edge", color=BLUE, alpha=0.35, edgecolor=BLUE, label="share correct")
+    top.plot([0, 1], [0, 1], color=GREY, ls="--", label="perfectly calibrated")
+    top.plot(bins.probability, bins.accuracy, color=VERMILION, marker="o", ls="", markersize=4, clip_on=False)
+    top.set(ylabel="share correct", ylim=(0, 1.02), xlim=(0, 1), title=f"ECE {bins.error:.4f}")
+    figure.legend(loc="outside upper right", ncols=2)
+    bars = below.bar(left, bins.count, width, align="edge", color=BLUE, alpha=0.35, edgecolor=BLUE)
+    below.bar_label(bars, [f"{count:,}" if count else "" for count in bins.count], fontsize=7)
+    below.set(xlabel="probability of the predicted class", ylabel="images (log)", yscale="log")
+    below.set_ylim(0.7, 6 * bins.count.max())
+    below.yaxis.set_major_formatter("{x:,.0f}")
+    caption = (
+        f"Expected calibration error (ECE) {bins.error:.4f}: the gap between share correct and mean probability, averaged over"
+        f" {NUM_BINS} bins of equal width, weighted by their counts (Guo et al., On Calibration of Modern Neural Networks,"
+        " ICML 2017). Dots are at a bin's mean probability."
+    )
+    return Plot("Calibration", "Reliability diagram: share correct by probability, with counts.", caption, figure)
+
+
+def _figure(height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(7, height), layout="constrained")  # inches: about 700 pixels wide where it is shown
+
+
+def _format_log_axis(axis: Axes) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _plot_scores(loss: Axes, accuracy: Axes, record: Record, split: str, label: str, **style: Any) -> None:
+    """The points of one split's evaluations, if there are any."""
+    epoch, value = record.points(f"{split}/loss", "epoch")
+    if not len(epoch):
+        return
+    loss.plot(epoch, value, markersize=4, label=f" {label}", **style)  # matplotlib hides labels that begin with _
+    epoch, correct = record.points(f"{split}/correct", "epoch")
+    _, total = record.points(f"{split}/total", "epoch")
+    bounds = np.array([wilson_interval(int(c), int(t)) for c, t in zip(correct, total, strict=True)]).reshape(-1, 2).T
+    errors = 100 * np.array([correct / total - bounds[0], bounds[1] - correct / total]).clip(0)
+    accuracy.errorbar(epoch, 100 * correct / total, errors, markersize=4, capsize=2, **style)
+
+
+def _plot_attempts(panels: Any, record: Record) -> None:
+    for number, attempt in enumerate(record.attempts):
+        steps, size = [attempt["step"], record.reached(number)], attempt["world_size"]
+        panels[1].plot(steps, [size, size], color=GREEN, lw=3, marker="|")
+        for panel in panels if number else ():
+            panel.axvline(attempt["step"], color=GREY, ls="--", lw=1)
+    sizes = sorted({attempt["world_size"] for attempt in record.attempts})
+    panels[1].set(ylabel="world size", yticks=sizes, ylim=(0, sizes[-1] + 1))
+
+
+def _test_images(data: DataConfig, result: Evaluation) -> ImageSet:
+    """The test images of a result.
+
+    Raises:
+        UserError: the data set is not to be had, or is another one here.
+    """
+    test = load_splits(dataclasses.replace(data, validation=0), seed=0).test
+    if result.index.max() >= len(test) or not np.array_equal(test.labels.numpy()[result.index], result.label):
+        raise UserError(f"the {data.name} in {data.root} is not what this run was tested on")
+    return test

@@ -1,0 +1,38 @@
+"""A run's folder: opened and resumed, moved between hosts, found again, and what is recorded in it and in W&B.
+
+A new metric needs nothing here: whatever a training logs is recorded.
+"""
+
+from digitdist.runs.attempts import read_attempts, record_end
+from digitdist.runs.finding import StoredRun, find_run, load_run
+from digitdist.runs.folder import ENVIRONMENT, PREDICTIONS, RESULT, Run
+from digitdist.runs.metrics import METRICS, read_metrics
+from digitdist.runs.moving import fetch_run
+from digitdist.runs.opening import open_run
+from digitdist.runs.tracker import Tracker, start_tracker
+from digitdist.runs.wandb_media import Media, confusion_chart, image_table
+from digitdist.runs.wandb_server import has_wandb_key
+from digitdist.runs.wandb_sync import sync_wandb
+
+__all__ = [
+    "ENVIRONMENT",
+    "METRICS",
+    "PREDICTIONS",
+    "RESULT",
+    "Media",
+    "Run",
+    "StoredRun",
+    "Tracker",
+    "confusion_chart",
+    "fetch_run",
+    "find_run",
+    "has_wandb_key",
+    "image_table",
+    "load_run",
+    "open_run",
+    "read_attempts",
+    "read_metrics",
+    "record_end",
+    "start_tracker",
+    "sync_wandb",
+]

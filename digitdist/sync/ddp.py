@@ -1,0 +1,116 @@
+"""``sync.mode=ddp``: `DistributedDataParallel` as Accelerate prepares it; plain backward on one process."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from digitdist.checkpoint import Tensors
+from digitdist.config import Config
+from digitdist.data import Batch
+from digitdist.distributed import prepare_module
+from digitdist.sync.hooks import POWERSGD_MEMORY, register_hook
+from digitdist.sync.loss import MicroBatch, TrainingLoss, stats_tensor
+from digitdist.sync.strategy import Phase, SynchronousStrategy, gather_state, own_state
+
+
+class Ddp(SynchronousStrategy):
+    """Every rank runs `train.accumulate` micro-batches; DistributedDataParallel averages their gradients."""
+
+    def __init__(self, accelerator: Accelerator, loss: TrainingLoss, phase: Phase, config: Config):
+        super().__init__(accelerator, loss, phase, config.train.accumulate * accelerator.num_processes)
+        # Compression would round a loss that travels with the gradients.
+        loss.signal.requires_grad_(self.world_size > 1 and config.sync.compress == "none")
+        # From when the last gradient is there, backward only waits for the other ranks. (On a GPU the host cannot see that.)
+        self.gradients_ready: float | None = None
+        if self.world_size > 1 and accelerator.device.type == "cpu":
+            for parameter in (p for p in loss.parameters() if p.requires_grad):
+                parameter.register_post_accumulate_grad_hook(self._note_ready)
+        self.module = prepare_module(accelerator, loss, data_parallel=True)
+        self.powersgd = None
+        if isinstance(self.module, DistributedDataParallel):
+            self.powersgd = register_hook(self.module, config.sync.compress, accelerator.device)
+            self._settle_buckets(self.module)
+
+    def compute_gradients(self, batch: Batch, count: int, step: int, stop: bool) -> Tensor:
+        """See `Strategy`. Collective: every rank must call it, also with an empty share.
+
+        The loss is the sum over images divided by `count`, times the world size, since DistributedDataParallel averages over
+        ranks: right for unequal shares.
+        """
+        self.loss.signal.grad, self.own_losses = None, []
+        stats, reduction = None, None
+        for micro_batch in self.loss.micro_batches(batch, self.sharding, count):
+            last = micro_batch.number == self.sharding.own[-1]
+            stop_requests = float(self.world_size * (stop and last))
+            with nullcontext() if last else self.accelerator.no_sync(self.module):
+                self.phase("forward")
+                with self.accelerator.autocast():
+                    loss = self.module(micro_batch, step, count / self.world_size, stop_requests)
+                self.own_losses.append(loss.detach())
+                if last and not self.loss.signal.requires_grad:
+                    stats = stats_tensor(functools.reduce(torch.add, self.own_losses), stop_requests)
+                    reduction = dist.all_reduce(stats, async_op=True) if self.world_size > 1 else None
+                self.phase("backward")
+                self.accelerator.backward(loss)
+        self.phase("sync", self.gradients_ready)
+        if reduction is not None:
+            reduction.wait()
+            stats /= self.world_size
+        return self._carried_stats() if stats is None else stats
+
+    def _carried_stats(self) -> Tensor:
+        """What `signal` has carried through the all-reduce, where the ranks' losses became their mean."""
+        carried, scaler = self.loss.signal.grad, self.accelerator.scaler
+        assert carried is not None
+        return carried / scaler.scale(torch.ones_like(carried)) if scaler else carried
+
+    def _note_ready(self, parameter: Tensor) -> None:
+        self.gradients_ready = time.perf_counter()
+
+    def _settle_buckets(self, module: DistributedDataParallel) -> None:
+        """Runs two steps without images. Collective.
+
+        DistributedDataParallel rebuilds its buckets once, after its first step (with a static graph, its second), and sums in
+        another order from then on: the first steps after a restart would have other bits than without the restart.
+        """
+        device = self.accelerator.device
+        nothing = torch.zeros(0, dtype=torch.int64, device=device)
+        empty = MicroBatch(0, torch.zeros(0, 1, 28, 28, device=device), nothing, nothing)
+        for _ in range(2):
+            module(empty, 0, 1.0, 0.0).backward()
+            module.zero_grad()
+
+    def broadcast_buffers(self, networks: Sequence[nn.Module]) -> None:
+        """Sends rank 0's buffers to all ranks, as DistributedDataParallel would before each forward. Collective.
+
+        BatchNorm's running statistics do not enter training, so it is enough to do it before they are used.
+        """
+        if self.world_size > 1:
+            for buffer in (buffer for network in networks for buffer in network.buffers()):
+                dist.broadcast(buffer, src=0)
+
+    def state(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensors]:
+        """What PowerSGD remembers of the gradients it has rounded, which is each rank's own. Collective."""
+        if self.powersgd is None:
+            return {}
+        own = {f"{name}.{n}": t for name in POWERSGD_MEMORY for n, t in getattr(self.powersgd, f"{name}_dict").items()}
+        return gather_state("powersgd", own | {"iter": torch.tensor(self.powersgd.iter)})
+
+    def restore(self, stored: dict[str, Tensors], optimizer: torch.optim.Optimizer) -> None:
+        """Restores what `state` returned; on another world size PowerSGD starts without memory."""
+        own = own_state("powersgd", stored, self.rank, self.world_size)
+        if self.powersgd is None or own is None:
+            return
+        self.powersgd.iter = int(own.pop("iter"))
+        for key, value in own.items():
+            name, _, number = key.partition(".")
+            getattr(self.powersgd, f"{name}_dict")[int(number)] = value

@@ -1,0 +1,133 @@
+"""What all strategies have in common: how ranks agree on the gradient of a global batch."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from digitdist.checkpoint import Tensors
+from digitdist.data import Batch, Sharding
+from digitdist.errors import Fault
+from digitdist.sync.loss import TrainingLoss
+
+Phase = Callable[..., None]  # begins a phase of a step, now or at the time in its second argument
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What all ranks know after they have synchronised: the mean loss of the images since they did so last, and how many ranks
+    were asked to stop."""
+
+    loss: float
+    stop_requests: float
+
+    @classmethod
+    def read(cls, values: Tensor) -> StepStats:
+        """From float32 [2], for whose device the host waits."""
+        return cls(*values.tolist())
+
+    @property
+    def stop_requested(self) -> bool:
+        return self.stop_requests > 0
+
+
+class Strategy(ABC):
+    """How ranks agree on a step. Gradients are left in ``.grad`` of every parameter.
+
+    `own_losses`: the summed losses of this rank's micro-batches since ranks last synchronised.
+    """
+
+    def __init__(self, accelerator: Accelerator, loss: TrainingLoss, phase: Phase, num_micro_batches: int):
+        self.accelerator, self.loss, self.phase = accelerator, loss, phase
+        self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
+        self.shardings = Sharding.of_all_ranks(self.world_size, num_micro_batches)
+        self.sharding = self.shardings[self.rank]
+        self.own_losses: list[Tensor] = []
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether ranks exchange in the background, so that their weights differ."""
+        return False
+
+    @abstractmethod
+    def compute_gradients(self, batch: Batch, count: int, step: int, stop: bool) -> Tensor | None:
+        """The gradients of the step that follows `step`, from this rank's share of a global batch of `count` images.
+
+        Returns the values of a `StepStats`, float32 [2] on the device; None where ranks go on by themselves, until
+        `sync_round`. No host waits for its device. Collective: every rank must call it, also with an empty share.
+        """
+
+    @abstractmethod
+    def sync_round(self, networks: Sequence[nn.Module], step: int, make_equal: bool) -> StepStats | None:
+        """Called after each update, for strategies that synchronise only now and then. Collective.
+
+        `networks` are the model and, if there is one, its moving average; with `make_equal` all ranks must end with equal
+        weights, since they are evaluated or saved.
+        """
+
+    @abstractmethod
+    def drain(self, step: int) -> None:
+        """Waits for what ranks exchange in the background, and takes it in. Collective."""
+
+    @abstractmethod
+    def broadcast_buffers(self, networks: Sequence[nn.Module]) -> None:
+        """Makes all buffers equal on all ranks, before they are evaluated or saved. Collective."""
+
+    @abstractmethod
+    def state(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensors]:
+        """What a checkpoint needs beside weights and the main rank's optimizer: groups of tensors. Collective."""
+
+    @abstractmethod
+    def restore(self, stored: dict[str, Tensors], optimizer: torch.optim.Optimizer) -> None:
+        """Restores what `state` returned."""
+
+
+class SynchronousStrategy(Strategy):
+    """What strategies have in common in which ranks synchronise in every step."""
+
+    def sync_round(self, networks: Sequence[nn.Module], step: int, make_equal: bool) -> StepStats | None:
+        return None
+
+    def drain(self, step: int) -> None:
+        pass
+
+    def state(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensors]:
+        return {}
+
+    def restore(self, stored: dict[str, Tensors], optimizer: torch.optim.Optimizer) -> None:
+        pass
+
+
+def check_finite(stats: StepStats, own_losses: Sequence[Tensor], step: int) -> None:
+    """Ends all ranks together where the loss is not finite, before it has reached a weight. Collective in that case.
+
+    Raises:
+        Fault: naming step and rank.
+    """
+    if math.isfinite(stats.loss):
+        return
+    finite = gather_object([all(math.isfinite(float(loss)) for loss in own_losses)])
+    ranks = [str(rank) for rank, is_finite in enumerate(finite) if not is_finite] or ["none alone"]
+    raise Fault(
+        f"the loss of step {step} is {stats.loss}, on rank {', '.join(ranks)}; the weights are those of step {step - 1}."
+        " A lower optim.lr or optim.clip_norm=1 may help"
+    )
+
+
+def gather_state(name: str, own: Tensors) -> dict[str, Tensors]:
+    """Each rank's `own` tensors as groups of a checkpoint. Collective: every rank must call it."""
+    gathered = gather_object([{key: tensor.cpu() for key, tensor in own.items()}])
+    return {f"{name}-rank-{rank}": theirs for rank, theirs in enumerate(gathered)}
+
+
+def own_state(name: str, stored: dict[str, Tensors], rank: int, world_size: int) -> Tensors | None:
+    """This rank's group of those that `gather_state` returned; None if there were not as many ranks as now."""
+    groups = [group for group in stored if group.startswith(f"{name}-rank-")]
+    return dict(stored[f"{name}-rank-{rank}"]) if len(groups) == world_size else None

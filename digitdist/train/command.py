@@ -1,0 +1,113 @@
+"""A training from its command line to its result."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from accelerate.utils import gather_object
+
+from digitdist.config import Parser, describe_keys
+from digitdist.distributed import (
+    NOTICED,
+    RAISED,
+    Heartbeat,
+    find_failed_rank,
+    freeze_garbage,
+    is_collective_failure,
+    launcher_start_time,
+    raise_on_all_ranks,
+    run_on_main,
+    run_preflight,
+    start_accelerator,
+)
+from digitdist.errors import Fault, PeerFailed, Stopped, UserError
+from digitdist.runs import Run, fetch_run, open_run, record_end
+from digitdist.train.display import first_lines
+from digitdist.train.setup import Setup, prepare
+from digitdist.train.trainer import Trainer
+from digitdist.world import is_main, print_main
+
+
+def main() -> None:
+    """The command. Collective: every rank must call it."""
+    parser = Parser(
+        "accelerate launch -m digitdist.train",
+        "Trains a digit CNN on whatever the launcher gives: one CPU, one GPU, many of them, many hosts.",
+        "--config quick train.epochs=1",
+        more=describe_keys(),
+    )
+    parser.add_config()
+    arguments = parser.parse_args()
+    try:
+        setup = prepare(arguments.config, arguments.overrides)
+    except UserError as error:
+        raise_on_all_ranks(error)
+    train(setup)
+
+
+def train(setup: Setup) -> None:
+    """Opens the run and trains it to its end. Collective: every rank must call it.
+
+    Raises:
+        UserError: ranks differ in what they are to do, or the run cannot be opened.
+        Stopped, Fault, PeerFailed: the training has not come to its end.
+    """
+    config, plan = setup.config, setup.plan
+    if plan.world.size > 1:
+        run_preflight(plan.world, setup.fingerprint(), config.sync.join_timeout_s)
+    accelerator = start_accelerator(config, plan)
+    launchers = sorted({time for time in gather_object([launcher_start_time()]) if time})
+    fetch_run(config, plan, launchers)
+    run = run_on_main(accelerator, lambda: open_run(config, plan, setup.last_step, launchers))
+    if run.finished and run.stored:
+        step = run.stored.step
+        print_main(f"{run.folder} is finished, at step {step:,}; raise train.epochs or train.max_steps to train on")
+    else:
+        print_main(first_lines(setup, run))
+        heartbeat = Heartbeat(run.heartbeat, plan.world)
+        freeze_garbage()
+        with failures_named(heartbeat, run):
+            Trainer(setup, accelerator, run, heartbeat).train()
+        run.heartbeat.unlink(missing_ok=True)
+        if is_main() and config.run.report:
+            write_report(run.folder)
+    accelerator.end_training()
+
+
+@contextlib.contextmanager
+def failures_named(heartbeat: Heartbeat, run: Run) -> Iterator[None]:
+    """Records in the run which rank ended it, if one did, and reports it once a host.
+
+    Raises:
+        PeerFailed: another rank did; that error's own rank raises the error itself.
+    """
+    try:
+        yield
+    except (UserError, Stopped, Fault):
+        raise
+    except Exception as error:
+        if not is_collective_failure(error):
+            heartbeat.mark(RAISED)
+            record_end(run.folder, fault=f"rank {heartbeat.rank} raised {error!r} at {heartbeat.position}")
+            raise
+        heartbeat.mark(NOTICED)
+        failed = find_failed_rank(heartbeat)
+        if failed.reported_here:
+            record_end(run.folder, fault=failed.description)
+            line = f"fault: {failed.description}; the run ends, and the same command resumes it"
+            print(line, file=sys.stderr, flush=True)
+        raise PeerFailed(failed.description) from error
+
+
+def write_report(folder: Path) -> None:
+    """Makes plots and page of a run in a process of its own: whatever becomes of it, the training is done."""
+    command = [sys.executable, "-m", "digitdist.report", str(folder)]
+    made = subprocess.run(command, capture_output=True, text=True, check=False)
+    if made.returncode:
+        print_main(f"no report: {made.stderr.strip()[-300:]}; later: python -m digitdist.report {folder}")
+    else:
+        print_main(f"report in {folder / 'report.html'}")

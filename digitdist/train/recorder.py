@@ -1,0 +1,138 @@
+"""Where what happens in a training goes: into its log and W&B, onto the screen, and at the end into the run's folder."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from digitdist.checkpoint import atomic_write, folder_name, weights_sha256
+from digitdist.data import DATA_SETS, ImageSet
+from digitdist.evaluate import Evaluation, save_predictions
+from digitdist.optim import norm
+from digitdist.runs import PREDICTIONS, RESULT, Media, Run, confusion_chart, image_table, record_end, start_tracker
+from digitdist.sync import StepStats
+from digitdist.train.display import Display
+from digitdist.train.profiler import NullProfiler, start_profiler
+from digitdist.train.setup import Setup
+from digitdist.train.state import TrainingState
+from digitdist.train.stragglers import StragglerWatch
+
+WORST_MISTAKES = 50  # images in W&B's table
+
+
+class Recorder:
+    """Records one attempt of a training whose state is `state`."""
+
+    def __init__(self, setup: Setup, accelerator: Accelerator, run: Run, state: TrainingState):
+        self.config, self.plan, self.order = setup.config, setup.plan, setup.order
+        self.run, self.state = run, state
+        self.is_main = accelerator.is_main_process
+        self.classes = DATA_SETS[self.config.data.name].classes
+        self.gradient_norm = math.nan  # of the last step with a line in the log
+        self.logged = (self.order.images_seen(state.step), state.train_seconds)  # images and seconds at the last line
+        total_steps = self.order.total_steps(self.config.train.epochs)
+        self.display = Display(self.order, num_epochs=-(-total_steps // self.order.steps_per_epoch))
+        self.tracker = start_tracker(run, self.config, self.display.print)
+        self.stragglers = StragglerWatch(accelerator, len(state.strategy.sharding.own), self.display.print)
+        steps = self.config.train.profile
+        self.profiler = start_profiler(steps, accelerator.device, run.folder) if self.is_main else NullProfiler()
+
+    @property
+    def epoch(self) -> float:
+        return self.state.step / self.order.steps_per_epoch
+
+    def measure_gradient(self) -> None:
+        """Measures the gradient's norm, on the main rank, before it is clipped."""
+        if self.is_main:
+            scale = self.state.scaler.get_scale() if self.state.scaler else 1.0
+            gradients = (p.grad for p in self.state.model.parameters() if p.grad is not None)
+            self.gradient_norm = norm(gradients) / scale
+
+    def step(self) -> None:
+        """Notes that a step has been taken."""
+        self.profiler.step()
+        self.display.step(self.state.step)
+
+    def log(self, stats: StepStats) -> None:
+        """Logs the step just taken; the loss is that of its global batch before the update. Collective."""
+        times = self.state.timer.lap()
+        images, seconds = self.logged
+        self.logged = (self.order.images_seen(self.state.step), self.state.train_seconds)
+        rate = (self.logged[0] - images) / (self.logged[1] - seconds)
+        values = {"train/loss": stats.loss, "train/lr": self.state.optimizer.param_groups[0]["lr"]}
+        values |= {"train/images_per_second": rate} | {f"time/{name}": round(s, 6) for name, s in times.items()}
+        values |= self.stragglers.metrics(times)
+        if self.is_main:
+            norms = {"train/gradient_norm": self.gradient_norm, "train/weight_norm": norm(self.state.model.parameters())}
+            values |= {name: value for name, value in norms.items() if math.isfinite(value)}  # fp16 overflows now and then
+        self.tracker.log(values, self.state.step, self.epoch)
+        self.display.log(self.state.step, stats.loss, rate)
+
+    def evaluation(self, results: dict[str, Evaluation]) -> None:
+        """Logs and shows the results on the splits that were evaluated, ``test`` among them."""
+        values = {name: value for split, result in results.items() for name, value in result.metrics(split).items()}
+        chart = confusion_chart(results["test"].confusion, self.classes)
+        self.tracker.log(values, self.state.step, self.epoch, {"test/confusion": chart})
+        self.display.test(self.epoch, results["test"])
+
+    def stop(self) -> None:
+        """Records that the run was asked to stop, and is saved."""
+        self.display.close()
+        if self.is_main:
+            self.run.stop_file.unlink(missing_ok=True)
+            record_end(self.run.folder, stopped=True)
+            self.tracker.finish({})
+
+    def finish(self, result: Evaluation, test: ImageSet, memory: list[dict[str, float | None]]) -> None:
+        """Writes predictions and result, and shows them; `memory` is the peak memory of each rank."""
+        self.display.close()
+        self.profiler.stop()
+        if not self.is_main:
+            return
+        record = self._result(result, memory)
+        save_predictions(result, self.run.folder / PREDICTIONS)
+        atomic_write(self.run.folder / RESULT, json.dumps(record, indent=1).encode() + b"\n")
+        images, seconds = self.order.images_seen(self.state.step), self.state.train_seconds
+        self.display.print(f"\n{self.config.data.name} test: {result}")
+        if seconds:
+            self.display.print(f"trained {images:,} images in {seconds:.1f} s, {images / seconds:,.0f} images/s")
+        self.display.print(f"files in {self.run.folder}; next: python -m digitdist.evaluate {self.run.folder}")
+        self.tracker.finish(record, {"test/worst_mistakes": _worst_mistakes(result, test)}, self._weights_file())
+
+    def _result(self, result: Evaluation, memory: list[dict[str, float | None]]) -> dict[str, Any]:
+        """What ``result.json`` holds."""
+        seconds = self.state.train_seconds
+        return {
+            "test_correct": result.correct,
+            "test_total": result.total,
+            "test_accuracy": result.accuracy,
+            "test_loss": result.mean_loss,
+            "epochs": self.epoch,
+            "steps": self.state.step,
+            "world_size": self.plan.world.size,
+            "device": self.plan.device_type,
+            "precision": self.plan.precision,
+            "images_per_second": self.order.images_seen(self.state.step) / seconds if seconds else None,
+            "train_seconds": seconds,
+            "peak_memory_mb": memory,
+            "weights_sha256": weights_sha256(self.state.average.eval_model.state_dict()),
+        }
+
+    def _weights_file(self) -> Path | None:
+        """The file of the final weights, where it is to be an artifact."""
+        if not self.config.tracking.artifacts:
+            return None
+        name = "ema" if self.config.optim.ema else "model"
+        return self.run.checkpoints / folder_name(self.state.step) / f"{name}.safetensors"
+
+
+def _worst_mistakes(result: Evaluation, test: ImageSet) -> Media:
+    rows = result.worst_mistakes(WORST_MISTAKES)
+    names = ("index", "label", "prediction", "probability", "loss")
+    images = test.images[torch.from_numpy(result.index[rows]).to(test.images.device)]
+    return image_table(images.cpu().numpy(), {name: getattr(result, name)[rows].tolist() for name in names})

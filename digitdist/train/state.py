@@ -1,0 +1,91 @@
+"""What is trained, and what a checkpoint holds of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from digitdist.checkpoint import Checkpoint
+from digitdist.config import as_dict
+from digitdist.data import ImageSet, LossHistory, NullLossHistory
+from digitdist.distributed import Heartbeat, PhaseTimer
+from digitdist.errors import Fault
+from digitdist.optim import build_optimizer, load_state_tensors, state_tensors
+from digitdist.sync import Strategy, build_strategy
+from digitdist.train.averaging import MovingAverage, NullAverage, build_average
+from digitdist.train.setup import Setup
+
+
+@dataclass
+class TrainingState:
+    """Everything that the rest of a training depends on, and its position: `step` updates have been made.
+
+    `best` is the step and accuracy of the best evaluation on held-out images; `attempt` is stored with each checkpoint.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    average: MovingAverage | NullAverage
+    strategy: Strategy
+    loss_history: LossHistory | NullLossHistory
+    scaler: torch.amp.GradScaler | None
+    timer: PhaseTimer
+    attempt: dict[str, Any]
+    step: int = 0
+    earlier_seconds: float = 0.0  # of training, in earlier attempts
+    best: dict[str, Any] | None = None
+
+    @property
+    def train_seconds(self) -> float:
+        """Wall time of the training steps alone, those of earlier attempts too."""
+        return self.earlier_seconds + self.timer.training_seconds
+
+    def to_checkpoint(self) -> Checkpoint:
+        """What is to be stored. Collective: every rank must call it.
+
+        Raises:
+            Fault: a weight is not finite.
+        """
+        if not all(bool(t.isfinite().all()) for t in self.model.state_dict().values()):
+            raise Fault(f"a weight is not finite after step {self.step}; no checkpoint has seen it")
+        tensors = {"model": self.model.state_dict(), "optimizer": state_tensors(self.optimizer)}
+        tensors |= self.strategy.state(self.optimizer) | self.average.state() | self.loss_history.state()
+        state = {"step": self.step, "train_seconds": self.train_seconds, "best": self.best, **self.attempt}
+        if self.scaler:
+            state["scaler"] = self.scaler.state_dict()
+        return Checkpoint(tensors, state)
+
+    def restore(self, stored: Checkpoint, is_main: bool) -> None:
+        """Takes over what is stored; every rank has read it."""
+        self.model.load_state_dict(stored.tensors["model"])
+        load_state_tensors(self.optimizer, stored.tensors["optimizer"])
+        self.strategy.restore(stored.tensors, self.optimizer)
+        self.average.restore(stored.tensors, stored.step)
+        self.loss_history.restore(stored.tensors, is_main)
+        if self.scaler and "scaler" in stored.state:
+            self.scaler.load_state_dict(stored.state["scaler"])
+        self.step, self.earlier_seconds, self.best = stored.step, stored.state["train_seconds"], stored.state["best"]
+
+
+def build_state(setup: Setup, accelerator: Accelerator, images: ImageSet, heartbeat: Heartbeat) -> TrainingState:
+    """The network with all that is trained along with it, on the device, as Accelerate prepares them.
+
+    `images` are the training images on the device. Collective: every rank must call it.
+    """
+    config = setup.config
+    model = setup.model.to(accelerator.device).to(memory_format=torch.channels_last)
+    average = build_average(model, config.optim.ema)
+    optimizer = build_optimizer(model, config.optim)
+    if config.train.compile != "none":
+        model.compile(mode=config.train.compile)  # in place, so the weights keep their names
+    loss_history = LossHistory(images) if config.data.focus > 1 else NullLossHistory()
+    strategy = build_strategy(config, accelerator, model, loss_history, heartbeat.phase)
+    prepared = accelerator.prepare_optimizer(optimizer, device_placement=False)
+    # Without a scaler the prepared optimizer only passes calls on, for 0.17 ms a step: 2 % with the default network.
+    optimizer = prepared if accelerator.scaler else optimizer
+    attempt = {"precision": setup.plan.precision, "world_size": accelerator.num_processes, "config": as_dict(config)}
+    return TrainingState(model, optimizer, average, strategy, loss_history, accelerator.scaler, heartbeat.timer, attempt)

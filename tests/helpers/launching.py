@@ -1,0 +1,62 @@
+"""Real launches: the command as a person types it."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+BIN = Path(sys.executable).parent
+ROOT = Path(__file__).parents[2]
+QUIET = ("tracking.wandb=disabled", "run.report=false")
+CLEAN = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "ACCELERATE_", "SLURM_", "OMP_"))}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def errors(self) -> list[str]:
+        """Lines that report a mistake of the user's."""
+        return [line for line in self.err.splitlines() if line.startswith("error:")]
+
+
+def python(*arguments: str, cwd: Path, env: dict[str, str] | None = None, timeout: float = 100) -> Outcome:
+    return run([sys.executable, *arguments], cwd=cwd, env=env, timeout=timeout)
+
+
+def torchrun(processes: int, *arguments: str, cwd: Path, env: dict[str, str] | None = None, timeout: float = 100) -> Outcome:
+    command = [str(BIN / "torchrun"), "--nproc_per_node", str(processes), *arguments]
+    return run(command, cwd=cwd, env=env, timeout=timeout)
+
+
+def accelerate(*arguments: str, cwd: Path, env: dict[str, str] | None = None, timeout: float = 100) -> Outcome:
+    return run([str(BIN / "accelerate"), "launch", *arguments], cwd=cwd, env=env, timeout=timeout)
+
+
+def run(command: list[str], cwd: Path, env: dict[str, str] | None, timeout: float) -> Outcome:
+    done = subprocess.run(command, cwd=cwd, env=CLEAN | (env or {}), capture_output=True, text=True, timeout=timeout)
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def on_a_terminal(*arguments: str, cwd: Path, env: dict[str, str] | None = None) -> tuple[int, str]:
+    """Exit code and output of a Python command that has a terminal on which nobody types."""
+    main, secondary = pty.openpty()
+    streams = {"stdin": secondary, "stdout": secondary, "stderr": secondary}
+    environment = CLEAN | {"COLUMNS": "200"} | (env or {})
+    process = subprocess.Popen([sys.executable, *arguments], cwd=cwd, env=environment, **streams)
+    os.close(secondary)
+    shown = b""
+    try:
+        while chunk := os.read(main, 65536):
+            shown += chunk
+    except OSError:  # the other end has closed
+        pass
+    os.close(main)
+    return process.wait(timeout=60), shown.decode()

@@ -1,0 +1,39 @@
+"""Networks as users bring them."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class Tied(nn.Module):
+    """Two of its weights are one."""
+
+    def __init__(self, width: int = 10):
+        super().__init__()
+        self.first, self.second = nn.Linear(784, width), nn.Linear(784, width)
+        self.second.weight = self.first.weight
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.first(images.flatten(1)) + self.second(images.flatten(1)).relu()
+
+
+class Moody(nn.Linear):
+    """No graph can hold it: what it does depends on what it sees."""
+
+    def __init__(self) -> None:
+        super().__init__(784, 10)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits = super().forward(images.flatten(1))
+        return logits if logits.sum() > 0 else -logits
+
+
+class Bessel(nn.Linear):
+    """It has an operation that ONNX lacks."""
+
+    def __init__(self) -> None:
+        super().__init__(784, 10)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.special.bessel_j0(super().forward(images.flatten(1)))

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from helpers.launching import python
+
+from digitdist.bench.table import table
+from digitdist.bench.worlds import ONE_SHARD_A_RANK
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_every_loop_is_measured_in_turn_beside_the_bare_one(place: Path):
+    options = ("--json", "--repeats", "1", "--world", "2", "data.batch_size=500")
+    done = python("-m", "digitdist.bench", *options, cwd=place, timeout=350)
+    assert done.code == 0, done.err
+    measured = json.loads(done.out)
+    rates = measured["images_per_second"]
+    one = {"bare loop", "bare loop, its images indexed", "bare loop, its images from the loader", "trainer"}
+    one |= {"plain torchvision way", "train.compile=default"}
+    assert one | {"bare forward", "bare forward, its images normalised", "evaluation"} <= set(rates)
+    bare = {"2 bare loops", "bare loops, a one-number all-reduce each step", "bare loops, gradient-sized all-reduce"}
+    assert set(measured["world"]) == bare | {"ddp", "exact", ONE_SHARD_A_RANK}
+    assert all(rate > 0 for values in (rates | measured["world"]).values() for rate in values)
+    assert measured["phases"]["compute"] < measured["phases"]["total"]
+    assert len(measured["start_up"]["command to first step"]["s"]) == 3
+    memory = {name: values["mb"] for name, values in measured["start_up"].items()}
+    assert all(100 < mb < 4000 for values in memory.values() for mb in values)
+
+
+def test_the_table_has_ratios_of_the_same_turn_and_says_what_helps():
+    speeds = {"bare loop": [100.0, 50.0], "bare loop, its images indexed": [95.0, 49.0], "trainer": [90.0, 48.0]}
+    speeds |= {"plain torchvision way": [10.0, 10.0], "bare forward": [300.0, 300.0], "evaluation": [297.0, 270.0]}
+    speeds |= {"bare loop, its images from the loader": [93.0, 48.0]}
+    speeds |= {"bare forward, its images normalised": [298.0, 280.0]}
+    speeds |= {"data.batch_size=400": [200.0, 100.0], "train.compile=default": [50.0, 25.0]}
+    one = {"setting": "cnn", "images_per_second": speeds, "start_up": {"command to first step": {"s": [3.0], "mb": [600]}}}
+    one["phases"] = {"total": 10.0, "compute": 8.0, "optimizer": 1.5, "data": 0.5, "sync": 0.0}
+    lines = table(one, 1, {}).splitlines()
+    assert any("trainer" in line and "0.93 (0.90 to 0.96)" in line for line in lines)
+    assert any("evaluation" in line and "0.95 (0.90 to 0.99)" in line for line in lines)
+    assert any("data.batch_size=400" in line and line.endswith("2.00 of the speed: helps") for line in lines)
+    assert any("3.00 s   peak 600 MB" in line for line in lines)
+    assert any("train.compile=default" in line and line.endswith("0.50 of the speed: costs") for line in lines)
+    assert lines[-1] == "this machine is limited by compute: 80 % of a step"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_recipes_are_measured_by_the_trainers_own_command(place: Path):
+    done = python("-m", "digitdist.bench", "--recipes", "--seeds", "1", "train.max_steps=2", cwd=place, timeout=250)
+    assert done.code == 0, done.err
+    fast, sharp = done.out.splitlines()
+    for name, line in (("fast", fast), ("sharp", sharp)):
+        assert re.match(rf"{name} +test accuracy \d+\.\d+ %, deviation nan, 1 seeds", line), line
+        assert re.search(r"train_seconds \d+\.\d+ .*the whole command \d+\.\d s", line), line
+
+
+def test_a_training_that_fails_ends_the_measurement_and_says_why(place: Path):
+    done = python("-m", "digitdist.bench", "--recipes", "--seeds", "1", "optim.lr=0", cwd=place)
+    assert done.code == 1
+    assert "error: optim.lr=0" in done.err
+    assert "exit code 2" in done.err
+
+
+def test_seeds_are_at_least_one(place: Path):
+    done = python("-m", "digitdist.bench", "--recipes", "--seeds", "0", cwd=place)
+    assert (done.code, done.errors) == (2, ["error: --seeds 0 is not allowed; it takes a whole number from 1 on"])

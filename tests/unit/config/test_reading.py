@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers.launching import ROOT
+
+from digitdist import config
+from digitdist.config import KEYS, load_config
+from digitdist.config.reading import _flatten
+from digitdist.errors import UserError
+
+
+def mistakes(*overrides: str, files: tuple[str, ...] = ()) -> tuple[str, ...]:
+    with pytest.raises(UserError) as caught:
+        load_config(files, overrides)
+    return caught.value.mistakes
+
+
+def test_defaults_are_those_of_the_design():
+    values = config.as_dict(load_config())
+    wanted = {
+        "seed": 0,
+        "data.name": "mnist",
+        "data.root": "data",
+        "data.batch_size": 100,
+        "data.eval_batch_size": 1000,
+        "data.validation": 0,
+        "model.name": "cnn",
+        "optim.name": "adam",
+        "optim.lr": 0.001,
+        "optim.weight_decay": 0.0,
+        "schedule.name": "constant",
+        "train.epochs": 9.0,
+        "train.max_steps": None,
+        "train.accumulate": 1,
+        "train.precision": "auto",
+        "train.threads": None,
+        "train.log_every": 20,
+        "train.eval_every": 1,
+        "sync.mode": "ddp",
+        "sync.shards": 8,
+        "checkpoint.every_steps": 600,
+        "checkpoint.keep": 3,
+        "checkpoint.resume": "auto",
+        "run.dir": "runs",
+        "run.name": None,
+        "tracking.wandb": "auto",
+    }
+    assert {key: values[key] for key in wanted} == wanted
+
+
+def test_later_files_win_over_earlier_ones_and_overrides_over_both(tmp_path: Path):
+    first, second = tmp_path / "1.yaml", tmp_path / "2.yaml"
+    first.write_text("seed: 1\ndata: {batch_size: 10}\noptim: {lr: 0.1}\n")
+    second.write_text("data: {batch_size: 20}\noptim:\n  lr: 2e-1\n")
+    loaded = load_config([str(first), str(second)], ["optim.lr=3e-1"])
+    assert (loaded.seed, loaded.data.batch_size, loaded.optim.lr) == (1, 20, 0.3)
+
+
+def test_a_saved_configuration_loads_as_itself(tmp_path: Path):
+    loaded = load_config((), ["model.args.width=3", "run.name=12", "train.precision=no", "train.max_steps=7"])
+    config.save_config(loaded, tmp_path / "c.yaml")
+    assert load_config([str(tmp_path / "c.yaml")]) == loaded
+
+
+@pytest.mark.parametrize("text", ["precision: no", "precision: 'no'"])
+def test_no_is_a_precision_in_yaml_too(tmp_path: Path, text: str):
+    (tmp_path / "c.yaml").write_text(f"train:\n  {text}\n")
+    assert load_config([str(tmp_path / "c.yaml")]).train.precision == "no"
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [("run.name=123", "123"), ("run.name=a=b", "a=b"), ("run.name=null", None), ("run.name=2026-01-01", "2026-01-01")],
+)
+def test_a_text_key_takes_the_text_as_it_is(override: str, value: str | None):
+    assert load_config((), [override]).run.name == value
+
+
+def test_arguments_of_the_network_keep_their_types():
+    assert load_config((), ["model.args.width=3", "model.args.wide=true"]).model.args == {"width": 3, "wide": True}
+    assert load_config((), ["model.args={a: [1, 2]}"]).model.args == {"a": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("data.batch_size=0", ["data.batch_size=0", "at least 1"]),
+        ("data.batch_size=1.5", ["data.batch_size=1.5", "a whole number"]),
+        ("data.batch_size=null", ["data.batch_size=null", "a whole number"]),
+        ("data.batch_size=", ["data.batch_size=", "a whole number"]),
+        ("data.batchsize=5", ["'data.batchsize'", "'data.batch_size'"]),
+        ("batch_size=5", ["'batch_size'", "'data.batch_size'"]),
+        ("train.lr=5", ["'train.lr'", "'optim.lr'"]),
+        ("data.batch_size.x=5", ["'data.batch_size.x'", "'data.batch_size'"]),
+        ("data=5", ["data is a group"]),
+        ("optim.lr=nan", ["optim.lr=nan", "above 0"]),
+        ("optim.lr=inf", ["optim.lr=inf", "above 0"]),
+        ("optim.lr=fast", ["optim.lr=fast", "a number"]),
+        ("train.epochs=0", ["train.epochs=0", "above 0"]),
+        ("data.name=cifar", ["data.name=cifar", "fashion_mnist"]),
+        ("train.precision=fp64", ["fp64", "bf16"]),
+        ("checkpoint.allow_change=perhaps", ["perhaps", "true or false"]),
+        ("run.name=a/b", ["run.name='a/b'", "no slash"]),
+        ("run.name=", ["run.name=''"]),
+        ("run.name=${x}", ["run.name=${x}"]),
+        ("checkpoint.resume=/nowhere", ["/nowhere", "auto, never"]),
+        ("model.args=3", ["model.args=3", "a mapping"]),
+        ("tracking.tags=a", ["tracking.tags=a", "a list of texts"]),
+        ("tracking.tags=[[1]]", ["tracking.tags=[[1]]", "a list of texts"]),
+        ("loud", ["'loud' is not key=value"]),
+    ],
+)
+def test_a_mistake_is_reported_with_its_value_and_what_is_allowed(override: str, parts: list[str]):
+    (told,) = mistakes(override)
+    assert all(part in told for part in parts), told
+
+
+@pytest.mark.parametrize("name", [name for name, key in KEYS.items() if key.ge is not None or key.gt is not None])
+def test_every_range_is_enforced(name: str):
+    key = KEYS[name]
+    below = key.gt if key.gt is not None else key.ge - 1
+    assert name in mistakes(f"{name}={below}")[0]
+    if key.le is not None:
+        assert name in mistakes(f"{name}={key.le + 1}")[0]
+
+
+def test_a_list_is_given_as_in_yaml():
+    assert load_config((), ["tracking.tags=[a, 1]"]).tracking.tags == ["a", "1"]
+
+
+def test_several_mistakes_are_reported_together(tmp_path: Path):
+    (tmp_path / "c.yaml").write_text("data: {batch_size: true}\noptm: {lr: 1}\n")
+    told = mistakes("seed=-1", "run.name=..", files=(str(tmp_path / "c.yaml"), "none.yaml"))
+    assert len(told) == 5
+
+
+@pytest.mark.parametrize("text", ["a: [b", "- 3", "just text"])
+def test_a_file_that_is_not_a_mapping_is_named(tmp_path: Path, text: str):
+    (tmp_path / "c.yaml").write_text(text)
+    (told,) = mistakes(files=(str(tmp_path / "c.yaml"),))
+    assert "c.yaml" in told
+
+
+def test_the_default_configuration_is_spelt_out():
+    file = ROOT / "configs" / "default.yaml"
+    assert load_config([str(file)]) == load_config()
+    flat = dict(_flatten(yaml.safe_load(file.read_text())))
+    assert flat.keys() == KEYS.keys()
+
+
+CONFIGURATIONS = sorted(set((ROOT / "configs").glob("*.yaml")) - {ROOT / "configs/sweep.yaml"})  # that one is W&B's
+
+
+@pytest.mark.parametrize("file", CONFIGURATIONS, ids=lambda file: file.stem)
+def test_each_configuration_says_how_to_start_it(file: Path):
+    first = file.read_text().splitlines()[0]
+    assert first == f"# accelerate launch -m digitdist.train --config configs/{file.name}"
+    load_config([str(file)])
+
+
+def test_changes_are_named_if_they_alter_the_result():
+    old, new = (
+        config.as_dict(load_config()),
+        config.as_dict(load_config((), ["seed=1", "train.epochs=20", "run.name=x", "train.threads=3"])),
+    )
+    assert config.result_changes(old, new) == ["seed was 0 and is now 1"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "name"), [("exact", "train.threads"), ("local", "train.eval_every"), ("local", "checkpoint.every_steps")]
+)
+def test_a_key_may_alter_the_result_in_one_mode_alone(mode: str, name: str):
+    assert KEYS[name].alters_result_in(mode)
+    assert not KEYS[name].alters_result_in("ddp")
+
+
+def test_an_unknown_key_of_an_older_version_counts_as_a_change():
+    new = config.as_dict(load_config())
+    assert config.result_changes(new | {"optim.rho": 1}, new) == ["optim.rho was 1 and is now None"]
+
+
+def test_a_shipped_configuration_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert set(config.shipped_configs()) == {file.stem for file in CONFIGURATIONS}
+    assert load_config(["quick"]) == load_config([str(ROOT / "configs/quick.yaml")])
+    (tmp_path / "quick").write_text("seed: 5\n")
+    assert load_config(["quick"]).seed == 5, "a file of one's own wins"
+    (told,) = mistakes(files=("quack",))
+    assert "one of best, default, fast, quick, sharp" in told
+
+
+def test_help_names_every_key():
+    assert all(name in config.describe_keys() for name in KEYS)
