@@ -52,10 +52,10 @@ def one_process(tmp_path_factory: pytest.TempPathFactory, mnist_root: Path) -> P
 
 
 def rank(host: Host, number: int, world_size: int, *options: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
-    """One process that some scheduler without a launcher has told its rank."""
-    told = {"RANK": number, "WORLD_SIZE": world_size, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-    variables = {name: str(value) for name, value in told.items()} | {"MASTER_ADDR": "h0", "MASTER_PORT": "29500"} | (env or {})
-    return host.start("python", "-m", "digitdist.train", *options, env=variables)
+    """One process that gets its rank from a scheduler without a launcher."""
+    numbers = {"RANK": number, "WORLD_SIZE": world_size, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    variables = {name: str(value) for name, value in numbers.items()} | {"MASTER_ADDR": "h0", "MASTER_PORT": "29500"}
+    return host.start("python", "-m", "digitdist.train", *options, env=variables | (env or {}))
 
 
 def refused(outcomes: list[Outcome], *words: str) -> None:
@@ -111,7 +111,7 @@ def test_a_host_is_lost_and_given_back_and_the_run_is_resumed_by_itself(two: lis
     run = wait_until(lambda: next((first.folder / "runs").glob("*"), None) or next((second.folder / "runs").glob("*"), None))
     wait_until(lambda: reached(run) >= 30)
     second.kill()
-    second.split_bounds()
+    second.cut()
     at = reached(run)
     here = wait_until(lambda: next((first.folder / "runs").glob("*"), None))
     wait_until(lambda: reached(here) > at + 20)
@@ -128,9 +128,9 @@ def test_a_run_is_resumed_where_another_host_has_the_main_rank(two: list[Host], 
     begun = ends([rank(host, number, 2, *SHORT, "train.max_steps=5") for number, host in enumerate(two)])
     assert [outcome.code for outcome in begun] == [0, 0]
     second_first = {"MASTER_ADDR": "h1"}
-    gone_on = ends([rank(host, number, 2, *SHORT, env=second_first) for number, host in enumerate(reversed(two))])
-    assert [outcome.code for outcome in gone_on] == [0, 0]
-    assert "fetched from host h0, which has it up to step 5" in gone_on[0].out
+    resumed = ends([rank(host, number, 2, *SHORT, env=second_first) for number, host in enumerate(reversed(two))])
+    assert [outcome.code for outcome in resumed] == [0, 0]
+    assert "fetched from host h0, which has it up to step 5" in resumed[0].out
     assert hash_of(two[1].folder / "runs" / "x") == hash_of(one_process / "x")
     assert [e for e in events(two[1].folder / "runs" / "x") if e["step"] > 5] == [
         e for e in events(one_process / "x") if e["step"] > 5

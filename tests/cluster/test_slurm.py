@@ -156,8 +156,8 @@ def test_a_mistake_fails_at_once_and_is_reported_once(slurm, place, mistake):
     assert slurm.finish(job) == "FAILED"
     fields = slurm.job(job)
     assert (fields["ExitCode"], fields["Restarts"]) == ("2:0", "0")
-    (told,) = [line for line in slurm.output(job).splitlines() if line.startswith("error:")]
-    assert mistake.split()[-1] in told
+    (reported,) = [line for line in slurm.output(job).splitlines() if line.startswith("error:")]
+    assert mistake.split()[-1] in reported
 
 
 @on_slurm

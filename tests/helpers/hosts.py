@@ -58,7 +58,7 @@ class Host:
         """Ends every process of this host, at once."""
         kill_all(self.namespace)
 
-    def split_bounds(self) -> None:
+    def cut(self) -> None:
         """Cuts its link to all others."""
         ip("-n", self.namespace, "link", "set", "eth0", "down")
 

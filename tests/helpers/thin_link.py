@@ -1,8 +1,8 @@
-"""What each way to meet costs over a thin link: bytes, seconds and accuracy, as a table. Needs root and Linux.
+"""What each strategy costs over a slow link: bytes, seconds and accuracy, as a table. Needs root and Linux.
 
-    python tests/thin_link.py [--rate 10mbit] [--repeats 3] [key=value ...]
+    cd tests && python -m helpers.thin_link [--rate 10mbit] [--repeats 3] [key=value ...]
 
-Two hosts (network namespaces) of one thread each train one epoch at a time, in turn with the link as it is and shaped.
+Two hosts (network namespaces) with one thread each train one epoch at a time, in turn over the plain and the shaped link.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def trained(hosts: list[Host], name: str, options: list[str]) -> tuple[dict, int
     before = hosts[0].sent()
     started = []
     for number, host in enumerate(hosts):
-        told = {"RANK": str(number), "WORLD_SIZE": str(len(hosts)), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-        told |= {"MASTER_ADDR": "h0", "MASTER_PORT": "29500"}
+        environment = {"RANK": str(number), "WORLD_SIZE": str(len(hosts)), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        environment |= {"MASTER_ADDR": "h0", "MASTER_PORT": "29500"}
         command = ("python", "-m", "digitdist.train", *QUIET, "train.threads=1", f"run.name={name}", *options)
-        started.append(host.start(*command, env=told))
+        started.append(host.start(*command, env=environment))
     for outcome in ends(started, timeout=3000):
         if outcome.code:
             sys.exit(outcome.err)
@@ -48,8 +48,8 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--rate", default="10mbit", help="of the shaped link (default: 10mbit)")
     parser.add_argument("--repeats", type=int, default=3, help="epochs timed of each (default: 3)")
-    parser.add_argument("--epochs", type=int, default=9, help="of the training whose accuracy is told (default: 9)")
-    parser.add_argument("--seeds", type=int, default=3, help="trainings whose accuracy is told (default: 3)")
+    parser.add_argument("--epochs", type=int, default=9, help="of the training whose accuracy is reported (default: 9)")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings whose accuracy is reported (default: 3)")
     parser.add_argument("--only", default="", help="modes whose name begins so")
     arguments = parser.parse_args()
     print("| mode | bytes a step | s an epoch | s an epoch, shaped | speed kept | accuracy |\n" + "| --- " * 6 + "|")

@@ -117,10 +117,10 @@ def test_a_rank_that_ends_is_named_and_ends_the_others(place: Path, unbroken: Pa
     done = torchrun(3, *EXACT, "sync.timeout_s=5", cwd=place, env=env)
     assert time.monotonic() - began < 30, "start, half a minute of steps, and 5 + 5 seconds"
     assert done.code == 1
-    told = [line for line in done.err.splitlines() if line.startswith("fault:")]
-    assert len(told) == 1, done.err
+    reported = [line for line in done.err.splitlines() if line.startswith("fault:")]
+    assert len(reported) == 1, done.err
     how = {"kill": "was killed", "raise": "raised an error", "freeze": "is frozen"}[kind]
-    assert f"rank {rank} {how} at step {step}, phase {phase}" in told[0]
+    assert f"rank {rank} {how} at step {step}, phase {phase}" in reported[0]
     assert torchrun(2, *EXACT, cwd=place).code == 0
     assert_same_run(place / "runs/a", unbroken)
 
@@ -128,7 +128,7 @@ def test_a_rank_that_ends_is_named_and_ends_the_others(place: Path, unbroken: Pa
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_run_killed_three_times_ends_as_the_unbroken_one_on_other_worlds(place: Path, tmp_path_factory):
-    """The whole process group with -9, and the run gone on with on 2, 1, 3 and 2 processes."""
+    """The whole process group with -9, and the run resumed on 2, 1, 3 and 2 processes."""
     arguments = (*TRAIN, "sync.mode=exact", "checkpoint.every_steps=25", "train.max_steps=300")
     other = tmp_path_factory.mktemp("other")
     (other / "data").symlink_to((place / "data").resolve())
@@ -178,9 +178,9 @@ def test_a_damaged_checkpoint_is_said_and_skipped(place: Path, unbroken: Path, f
     content = bytearray((newest / file).read_bytes())
     content[len(content) // 2] ^= 1
     (newest / file).write_bytes(content)
-    told = python("-m", "digitdist.checkpoint", "verify", "a", cwd=place)
-    assert told.code == 1
-    assert f"damaged: runs/a/checkpoints/{newest.name}" in told.out
+    reported = python("-m", "digitdist.checkpoint", "verify", "a", cwd=place)
+    assert reported.code == 1
+    assert f"damaged: runs/a/checkpoints/{newest.name}" in reported.out
     done = torchrun(2, *EXACT, cwd=place)
     assert done.code == 0, done.err
     assert newest.name in done.out
@@ -208,7 +208,7 @@ def test_a_failing_write_does_not_end_the_run_but_a_failing_last_one_does(place:
     assert_same_run(place / "runs/a", unbroken)
 
 
-# What goes on
+# What is resumed
 
 # Of 15 steps an epoch: the stop is within a pass of the second one.
 FOCUS = ("data.focus=4", "data.validation=50000", "data.batch_size=700", "train.eval_every=0")
@@ -284,7 +284,7 @@ def test_a_second_training_in_the_same_run_is_refused(place: Path):
 
 
 def soak(place: Path, unbroken: Path, faults: int, seed: int) -> None:
-    """Random faults at random places of a run, gone on with on random worlds."""
+    """Random faults at random places of a run, resumed on random worlds."""
     drawn = random.Random(seed)
     survived = 0
     while survived < faults:

@@ -114,8 +114,8 @@ def test_arguments_of_the_network_keep_their_types():
     ],
 )
 def test_a_mistake_is_reported_with_its_value_and_what_is_allowed(override: str, parts: list[str]):
-    (told,) = mistakes(override)
-    assert all(part in told for part in parts), told
+    (reported,) = mistakes(override)
+    assert all(part in reported for part in parts), reported
 
 
 @pytest.mark.parametrize("name", [name for name, key in KEYS.items() if key.ge is not None or key.gt is not None])
@@ -133,15 +133,15 @@ def test_a_list_is_given_as_in_yaml():
 
 def test_several_mistakes_are_reported_together(tmp_path: Path):
     (tmp_path / "c.yaml").write_text("data: {batch_size: true}\noptm: {lr: 1}\n")
-    told = mistakes("seed=-1", "run.name=..", files=(str(tmp_path / "c.yaml"), "none.yaml"))
-    assert len(told) == 5
+    reported = mistakes("seed=-1", "run.name=..", files=(str(tmp_path / "c.yaml"), "none.yaml"))
+    assert len(reported) == 5
 
 
 @pytest.mark.parametrize("text", ["a: [b", "- 3", "just text"])
 def test_a_file_that_is_not_a_mapping_is_named(tmp_path: Path, text: str):
     (tmp_path / "c.yaml").write_text(text)
-    (told,) = mistakes(files=(str(tmp_path / "c.yaml"),))
-    assert "c.yaml" in told
+    (reported,) = mistakes(files=(str(tmp_path / "c.yaml"),))
+    assert "c.yaml" in reported
 
 
 def test_the_default_configuration_is_spelt_out():
@@ -188,9 +188,26 @@ def test_a_shipped_configuration_is_found_by_its_name(tmp_path: Path, monkeypatc
     assert load_config(["quick"]) == load_config([str(ROOT / "configs/quick.yaml")])
     (tmp_path / "quick").write_text("seed: 5\n")
     assert load_config(["quick"]).seed == 5, "a file of one's own wins"
-    (told,) = mistakes(files=("quack",))
-    assert "one of best, default, fast, quick, sharp" in told
+    (reported,) = mistakes(files=("quack",))
+    assert "one of best, default, fast, quick, sharp" in reported
 
 
 def test_help_names_every_key():
     assert all(name in config.describe_keys() for name in KEYS)
+
+
+def test_the_default_configuration_explains_each_key_as_the_schema_does():
+    lines = (ROOT / "configs/default.yaml").read_text().splitlines()
+    assert [key.name for key in KEYS.values() if not any(line.endswith(f"# {key.help}") for line in lines)] == []
+
+
+def test_the_page_of_configurations_has_every_key_as_the_schema_does():
+    page = (ROOT / "configs/README.md").read_text()
+    for key in KEYS.values():
+        alters = {True: "yes", False: "no"}[key.alters_result] if isinstance(key.alters_result, bool) else "mode"
+        (row,) = [line for line in page.splitlines() if line.startswith(f"| `{key.name}` |")]
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        assert cells[2:4] == [key.help, key.allowed]
+        assert alters in cells[4]
+        default = "null" if key.default is None else str(key.default)
+        assert cells[1] in (f"`{default}`", f"`{default.lower()}`")

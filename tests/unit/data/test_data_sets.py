@@ -151,9 +151,9 @@ def test_a_data_set_out_of_reach_is_reported_with_addresses_and_files(
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     with pytest.raises(UserError) as caught:
         load_splits(config(tmp_path, f"data.name={name}"), 0)
-    (told,) = caught.value.mistakes
-    assert "tried http" in told
-    assert str(tmp_path) in told.rpartition("put ")[2]
+    (reported,) = caught.value.mistakes
+    assert "tried http" in reported
+    assert str(tmp_path) in reported.rpartition("put ")[2]
 
 
 def test_a_damaged_file_that_somebody_put_there_is_the_users_mistake(tmp_path: Path):

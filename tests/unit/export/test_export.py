@@ -102,7 +102,7 @@ def made(folder: Path, *overrides: str, ema: bool = False) -> tuple[Path, dict[s
 
 
 def metadata_of(file: Path) -> dict[str, str]:
-    """What a file tells of itself, all as text."""
+    """The metadata of a file, all as text."""
     if file.suffix == ".onnx":
         import onnx
 
@@ -116,13 +116,13 @@ def metadata_of(file: Path) -> dict[str, str]:
 
 
 def assert_says_where_it_is_from(file: Path, run: Path) -> None:
-    told, final = metadata_of(file), result(run)
-    assert json.loads(told["classes"]) == list("0123456789")
-    assert (told["run"], told["step"], told["data_set"]) == ("a", "20", "mnist")
-    assert told["weights_sha256"] == final["weights_sha256"]
-    assert (told["test_correct"], told["test_total"]) == (str(final["test_correct"]), "10000")
-    assert float(told["test_accuracy"]) == final["test_accuracy"]
-    assert told["digitdist_version"] == digitdist.__version__
+    reported, final = metadata_of(file), result(run)
+    assert json.loads(reported["classes"]) == list("0123456789")
+    assert (reported["run"], reported["step"], reported["data_set"]) == ("a", "20", "mnist")
+    assert reported["weights_sha256"] == final["weights_sha256"]
+    assert (reported["test_correct"], reported["test_total"]) == (str(final["test_correct"]), "10000")
+    assert float(reported["test_accuracy"]) == final["test_accuracy"]
+    assert reported["digitdist_version"] == digitdist.__version__
     assert str(Path(digitdist.__file__).parent).encode() not in file.read_bytes(), "no path of this machine"
 
 
@@ -165,8 +165,8 @@ def test_safetensors_hold_the_weights_of_the_checkpoint_and_what_normalises(here
     file = here / "export/model.safetensors"
     assert_says_where_it_is_from(file, here)
     assert weights_sha256(safetensors.torch.load_file(file)) == result(here)["weights_sha256"]
-    told, pixels = metadata_of(file), torch.arange(784, dtype=torch.int32).remainder(256).to(torch.uint8).view(1, 28, 28)
-    by_hand = (pixels.float() - float(told["pixel_mean"])) / float(told["pixel_std"])
+    reported, pixels = metadata_of(file), torch.arange(784, dtype=torch.int32).remainder(256).to(torch.uint8).view(1, 28, 28)
+    by_hand = (pixels.float() - float(reported["pixel_mean"])) / float(reported["pixel_std"])
     assert torch.allclose(by_hand.unsqueeze(1), data.normalise(pixels, data.DATA_SETS["mnist"]))
 
 
@@ -261,7 +261,7 @@ def test_without_onnx_the_extra_is_named(missing: str, here: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "reported"),
     [
         (["a"], "required: --format"),
         (["a", "--format", "tflite"], "invalid choice: 'tflite'"),
@@ -276,10 +276,10 @@ def test_without_onnx_the_extra_is_named(missing: str, here: Path, monkeypatch: 
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 @pytest.mark.usefixtures("few", "here")
-def test_a_mistake_is_reported_with_what_is_allowed(arguments: list[str], told: str):
+def test_a_mistake_is_reported_with_what_is_allowed(arguments: list[str], reported: str):
     with pytest.raises(UserError) as error:
         call(*arguments)
-    assert told in str(error.value)
+    assert reported in str(error.value)
 
 
 def test_a_mistake_is_one_line_and_exit_code_2(trained: Path):

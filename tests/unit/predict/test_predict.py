@@ -226,9 +226,9 @@ def test_a_file_that_is_cut_off_is_refused(kind: str):
     picture = drawn("2", 12, (160, 165))
     content, wanted = file_of(picture, kind), form_of(picture)
     for length in range(0, int(0.9 * len(content)), max(1, len(content) // 40)):
-        with pytest.raises(UserError) as told:
+        with pytest.raises(UserError) as reported:
             mnist_form(open_picture(content[:length]))
-        assert "\n" not in str(told.value)
+        assert "\n" not in str(reported.value)
     assert same(mnist_form(open_picture(content)), wanted)
 
 
