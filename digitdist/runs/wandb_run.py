@@ -22,6 +22,7 @@ from digitdist.runs.wandb_server import wandb_mode
 INIT_TIMEOUT_S = 3.0  # wandb adds up to 10 s to this before it gives up
 UPLOAD_TIMEOUT_S = 6.0  # for what is left to send at the end
 FINISH_TIMEOUT_S = 8.0  # the longest that training ever waits for W&B
+CLOSE_TIMEOUT_S = 1.0  # for the connection to a process that was killed
 SETTINGS = {
     "silent": True,
     "console": "off",
@@ -71,7 +72,7 @@ class WandbRun:
         if self._thread.is_alive():
             self._abandoned = True
             self._report(f"W&B does not answer and is left; {self._how_to_send_later()}")
-            _kill_service()
+            self._kill_service()
 
     def _work(self) -> None:
         """The thread: carries out tasks until one fails or all are done."""
@@ -83,7 +84,7 @@ class WandbRun:
             if self._abandoned:
                 return
             self._report(f"W&B failed and is left out from here on ({in_one_line(error)}); {self._how_to_send_later()}")
-            _kill_service()
+            self._kill_service()
 
     def _start(self) -> None:
         self._mode, reason = wandb_mode(self._requested)
@@ -92,6 +93,8 @@ class WandbRun:
         # Where an artifact waits for a sync.
         os.environ.setdefault("WANDB_DATA_DIR", str(self._last_step_file.parent.resolve()))
         os.environ.setdefault("WANDB_SILENT", "true")  # wandb prints before it has seen its settings
+        # At the end of the process, its telemetry waits 10 s for a server that hangs.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb  # takes 0.7 s, and is never imported where it is disabled
 
         self._wandb = wandb
@@ -153,10 +156,18 @@ class WandbRun:
         what = "--include-online {}/run-*" if self._mode == "online" else "{}/offline-run-*"
         return f"{METRICS} has it all; later: wandb sync {what.format(self._last_step_file.parent)}"
 
+    def _kill_service(self) -> None:
+        """Ends wandb's own process, which holds the terminal or pipe that it was given; what it has written stays."""
+        for child in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if child.name().startswith("wandb"):
+                    child.kill()
+        # Or wandb would look for its process when this one ends. It raises, since that is gone.
+        closing = threading.Thread(target=self._close_connection, daemon=True)
+        closing.start()
+        closing.join(CLOSE_TIMEOUT_S)
 
-def _kill_service() -> None:
-    """Ends wandb's own process, which holds the terminal or pipe that it was given; what it has written stays."""
-    for child in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            if child.name().startswith("wandb"):
-                child.kill()
+    def _close_connection(self) -> None:
+        with contextlib.suppress(Exception):
+            if self._wandb is not None:
+                self._wandb.teardown()

@@ -41,6 +41,8 @@ class Exact(SynchronousStrategy):
         tree, rows = Tree(), []
         self.own_losses = []
         self.statistics.begin_step()
+        for parameter in self.parameters:
+            parameter.grad = None  # each shard's gradient begins there
         for shard in self.loss.micro_batches(batch, self.sharding, count):
             if not len(shard.labels):
                 continue  # the last shards of a small batch are empty, on any world size
