@@ -1,7 +1,5 @@
 #!/usr/bin/env bash
 # launch/elastic.sh 4 [key=value ...]     4 processes on this host, brought back by the launcher when one of them dies.
 set -euo pipefail
-# Without this, restarted workers would read their predecessors' addresses from the agent's store, and hang.
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec torchrun --nproc-per-node "${1:?give the number of processes}" --max-restarts 10 \
   --rdzv-backend c10d --rdzv-endpoint 127.0.0.1:0 -m digitdist.train "${@:2}"

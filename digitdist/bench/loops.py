@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from digitdist.data import DATA_SETS, Order, Sharding, Share, TrainingSampler, normalise, prepare_loader
-from digitdist.distributed import Heartbeat, freeze_garbage, run_on_main, start_accelerator
+from digitdist.distributed import Heartbeat, run_on_main, start_accelerator
 from digitdist.evaluate import chunked_loader, evaluate
 from digitdist.models import build_model
 from digitdist.optim import build_optimizer
@@ -182,7 +182,6 @@ def plain_way(setup_arguments: list[str], steps: int) -> float:
 
 def in_turn(loops: dict[str, Loop], steps: dict[str, int], repeats: int) -> Rates:
     """Each loop's images a second, `repeats` times, one after another in each turn."""
-    freeze_garbage()  # as the command does, but before the trainers that are made here, which must be freed again
     rates: Rates = {name: [] for name in loops}
     for _ in range(repeats):
         for name, loop in loops.items():

@@ -16,7 +16,7 @@ def load_splits(config: DataConfig, seed: int) -> Splits:
     """The configured data set; every process may call it at any time, without a process group.
 
     Raises:
-        UserError: the data is not to be had, or `data.validation` leaves nothing to train on.
+        UserError: the data cannot be read or downloaded, or `data.validation` leaves nothing to train on.
     """
     train, test = _read(config, "train"), _read(config, "test")
     if config.validation >= len(train):

@@ -12,7 +12,7 @@ from digitdist.distributed.phases import PhaseTimer
 from digitdist.distributed.plan import Plan, make_plan
 from digitdist.distributed.preflight import raise_on_all_ranks, run_preflight
 from digitdist.distributed.process import launcher_start_time, run_command
-from digitdist.distributed.shortcuts import SHORTCUTS, eager_optimizer, freeze_garbage, shortcut_enabled
+from digitdist.distributed.shortcuts import SHORTCUTS, eager_optimizer
 from digitdist.distributed.signals import StopRequest
 
 __all__ = [
@@ -27,7 +27,6 @@ __all__ = [
     "device_name",
     "eager_optimizer",
     "find_failed_rank",
-    "freeze_garbage",
     "gather_rows",
     "is_collective_failure",
     "launcher_start_time",
@@ -39,7 +38,6 @@ __all__ = [
     "run_command",
     "run_on_main",
     "run_preflight",
-    "shortcut_enabled",
     "start_accelerator",
     "to_device",
 ]

@@ -52,6 +52,8 @@ def run_preflight(world: World, fingerprint: dict[str, str], timeout_s: float, m
     if verdict:
         _await_readers(store, world)
         raise UserError(*verdict.split("\n"))
+    if agent and restart_count():
+        _leave_agent_store(store, world)
 
 
 def raise_on_all_ranks(error: UserError) -> NoReturn:
@@ -62,6 +64,18 @@ def raise_on_all_ranks(error: UserError) -> NoReturn:
         raise error from None  # which says so
     run_preflight(world, {}, REFUSAL_TIMEOUT_S, error.mistakes)
     raise error
+
+
+def _leave_agent_store(store: dist.Store, world: World) -> None:
+    """Has restarted workers form their process group in a new store, which rank 0 serves.
+
+    In the agent's they would now and then find the addresses of their predecessors, and wait for those.
+    """
+    if world.rank == 0:
+        served = dist.TCPStore(os.environ["MASTER_ADDR"], 0, None, True, wait_for_workers=False, multi_tenant=True)
+        _stores.append(served)
+        store.set("port", str(served.port))
+    os.environ |= {"MASTER_PORT": store.get("port").decode(), "TORCHELASTIC_USE_AGENT_STORE": "False"}
 
 
 def _compare(store: dist.Store, own: dict[str, Any], world: World, timeout_s: float) -> list[str]:

@@ -1,18 +1,15 @@
-"""Shortcuts past what torch, Python and the C library do by themselves: what each saves, and how to switch it off.
+"""Shortcuts past what torch and the C library do by themselves: what each saves, and how to switch it off.
 
-``DIGITDIST_WITHOUT=allocator,gc`` runs without those named. ``python -m digitdist.bench`` shows what each saves on a machine.
+``DIGITDIST_WITHOUT=allocator,compiler`` runs without those named; ``python -m digitdist.bench --shortcuts`` shows what each
+saves on a machine.
 
 allocator   glibc keeps freed memory for the next step, instead of returning its pages and faulting them in anew.
-gc          Python's garbage collector leaves alone what exists when training begins: looking through all of torch's objects
-            takes 0.1 s in the middle of a step.
 compiler    torch's optimizers do not import torch's compiler (2 s at the start) only to ask it to leave them alone.
-exchange    two ranks on CPUs exchange their gradients in one message each way (`digitdist.sync`).
 """
 
 from __future__ import annotations
 
 import ctypes
-import gc
 import inspect
 import os
 import platform
@@ -23,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SHORTCUTS = ("allocator", "gc", "compiler", "exchange")
+SHORTCUTS = ("allocator", "compiler")
 
 
 def shortcut_enabled(name: str) -> bool:
@@ -39,12 +36,6 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(mmap_threshold, 2**30)
         libc.mallopt(trim_threshold, 2**31 - 1)
-
-
-def freeze_garbage() -> None:
-    """Has Python's garbage collector leave alone all objects that exist now."""
-    if shortcut_enabled("gc"):
-        gc.freeze()
 
 
 def eager_optimizer(kind: type[torch.optim.Optimizer], parameters: Iterable[Tensor], **options: Any) -> torch.optim.Optimizer:

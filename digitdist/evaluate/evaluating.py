@@ -47,18 +47,18 @@ def evaluate(accelerator: Accelerator, model: nn.Module, loader: Iterable[Batch]
 
 def _predict(accelerator: Accelerator, model: nn.Module, loader: Iterable[Batch], info: DataSetInfo) -> tuple[Tensor, Tensor]:
     """This rank's logits, float32 [n, 10], and the index and label of each, int64 [n, 2]."""
-    device = accelerator.device
-    logits = [torch.empty(0, NUM_CLASSES, device=device)]
-    labels = [torch.empty(0, 2, dtype=torch.int64, device=device)]
+    batches: list[Batch] = []
+    logits = [torch.empty(0, NUM_CLASSES, device=accelerator.device)]
     was_training = model.training
     model.eval()
     with torch.inference_mode(), accelerator.autocast():
         for batch in loader:
+            batches.append(batch)
             if len(batch.labels):
                 logits.append(model(normalise(batch.images, info)))
-                labels.append(torch.stack([batch.indices, batch.labels], 1))
     model.train(was_training)
-    return torch.cat([part.float() for part in logits]), torch.cat(labels)
+    columns = (torch.cat([b.indices for b in batches]), torch.cat([b.labels for b in batches]))
+    return torch.cat([part.float() for part in logits]), torch.stack(columns, 1)
 
 
 def check_each_once(index: np.ndarray, expected: Tensor) -> None:

@@ -128,7 +128,7 @@ def plot_mistakes(record: Record) -> Plot:
     try:
         images = _test_images(record.data, result).images.numpy()
     except UserError as error:
-        return Plot("Worst mistakes", "", f"No picture, since the test images are not to be had here: {error}.")
+        return Plot("Worst mistakes", "", f"No picture, since the test images are not available here: {error}.")
     num_rows, cell = -(-len(worst) // MISTAKES_A_ROW), 44  # pixels of an image with its title and margins
     figure = _figure(1.16 * num_rows)
     canvas = np.zeros((num_rows * cell, MISTAKES_A_ROW * cell), np.uint8)  # one axis an image would take seconds to lay out
@@ -215,7 +215,7 @@ def _test_images(data: DataConfig, result: Evaluation) -> ImageSet:
     """The test images of a result.
 
     Raises:
-        UserError: the data set is not to be had, or is another one here.
+        UserError: the data set is not available, or is another one here.
     """
     test = load_splits(dataclasses.replace(data, validation=0), seed=0).test
     if result.index.max() >= len(test) or not np.array_equal(test.labels.numpy()[result.index], result.label):

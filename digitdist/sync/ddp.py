@@ -37,7 +37,7 @@ class Ddp(SynchronousStrategy):
         self.module = prepare_module(accelerator, loss, data_parallel=True)
         self.powersgd = None
         if isinstance(self.module, DistributedDataParallel):
-            self.powersgd = register_hook(self.module, config.sync.compress, accelerator.device)
+            self.powersgd = register_hook(self.module, config.sync.compress)
             self._settle_buckets(self.module)
 
     def compute_gradients(self, batch: Batch, count: int, step: int, stop: bool) -> Tensor:

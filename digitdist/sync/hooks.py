@@ -1,15 +1,10 @@
-"""How `DistributedDataParallel` sends its gradients: PyTorch's own compression, and an exchange of ours between two CPUs."""
+"""How `DistributedDataParallel` sends its gradients: PyTorch's own compression."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-
-from digitdist.distributed import shortcut_enabled
 
 if TYPE_CHECKING:
     from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
@@ -19,15 +14,13 @@ POWERSGD_START = 10  # steps that are sent whole before
 POWERSGD_MEMORY = ("error", "p_memory", "q_memory")  # a PowerSGDState has NAME_dict: number of a bucket to tensor
 
 
-def register_hook(model: DistributedDataParallel, compress: str, device: torch.device) -> PowerSGDState | None:
+def register_hook(model: DistributedDataParallel, compress: str) -> PowerSGDState | None:
     """Registers the communication hook of `sync.compress`; returns the state of PowerSGD, if that is used.
 
     PowerSGD (Vogels et al., PowerSGD: Practical Low-Rank Gradient Compression for Distributed Optimization, 2019) sends a
     matrix as the product of two of rank 2, and adds what that has lost to the next gradient.
     """
     if compress == "none":
-        if dist.get_world_size() == 2 and device.type == "cpu" and shortcut_enabled("exchange"):
-            model.register_comm_hook(None, lambda state, bucket: _exchange(bucket))
         return None
     from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 
@@ -38,17 +31,3 @@ def register_hook(model: DistributedDataParallel, compress: str, device: torch.d
     hooks = {"bf16": default_hooks.bf16_compress_hook, "fp16": default_hooks.fp16_compress_hook}
     model.register_comm_hook(None, hooks[compress])
     return None
-
-
-def _exchange(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """A communication hook for two ranks: the mean of both gradients, by one message each way.
-
-    A ring all-reduce sends as many bytes, but waits for its neighbour several times: on gloo it takes 0.75 ms or more against
-    0.65 ms.
-    """
-    own = bucket.buffer()
-    both = [torch.empty_like(own), torch.empty_like(own)]
-    dist.all_gather(both, own)
-    done: torch.futures.Future[Tensor] = torch.futures.Future()
-    done.set_result(torch.add(*both, out=own).div_(2))
-    return done

@@ -16,7 +16,6 @@ from digitdist.distributed import (
     RAISED,
     Heartbeat,
     find_failed_rank,
-    freeze_garbage,
     is_collective_failure,
     launcher_start_time,
     raise_on_all_ranks,
@@ -69,7 +68,6 @@ def train(setup: Setup) -> None:
     else:
         print_main(first_lines(setup, run))
         heartbeat = Heartbeat(run.heartbeat, plan.world)
-        freeze_garbage()
         with failures_named(heartbeat, run):
             Trainer(setup, accelerator, run, heartbeat).train()
         run.heartbeat.unlink(missing_ok=True)

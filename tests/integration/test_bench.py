@@ -59,6 +59,7 @@ def test_the_recipes_are_measured_by_the_trainers_own_command(place: Path):
         assert re.search(r"train_seconds \d+\.\d+ .*the whole command \d+\.\d s", line), line
 
 
+@pytest.mark.slow
 def test_a_training_that_fails_ends_the_measurement_and_says_why(place: Path):
     done = python("-m", "digitdist.bench", "--recipes", "--seeds", "1", "optim.lr=0", cwd=place)
     assert done.code == 1

@@ -56,7 +56,8 @@ def start(processes: int, *arguments: str, cwd: Path, env: dict[str, str] | None
 # What is stopped
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", *(pytest.param(n, marks=pytest.mark.slow) for n in ("SIGINT", "SIGUSR1", "STOP"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "STOP"])
 def test_a_stop_saves_and_ends_with_75_and_the_same_command_goes_on(place: Path, unbroken: Path, name: str):
     process = start(1, *EXACT, cwd=place)
     wait_for_step(place / "runs/a", 10, process)
@@ -150,7 +151,6 @@ def test_a_launcher_brings_a_killed_run_back(place: Path, unbroken: Path, launch
         path = {"PATH": f"{BIN}:{os.environ['PATH']}"}
         done = run([str(ROOT / "launch/elastic.sh"), "2", *EXACT[2:]], cwd=place, env=env | path, timeout=100)
     else:
-        env |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         where = ("--config_file", str(ROOT / "launch/elastic.yaml"), "--max_restarts", "10")
         done = accelerate(*where, *EXACT, cwd=place, env=env)
     assert done.code == 0, done.err
@@ -160,7 +160,7 @@ def test_a_launcher_brings_a_killed_run_back(place: Path, unbroken: Path, launch
 
 @pytest.mark.slow
 def test_restarts_without_progress_stop_with_the_cause(place: Path):
-    env = fault("raise rank=1 step=30 phase=forward always=1") | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    env = fault("raise rank=1 step=30 phase=forward always=1")
     done = torchrun(2, *RESTARTS, "--rdzv_endpoint", "127.0.0.1:0", *EXACT, cwd=place, env=env)
     assert done.code == 1
     assert "restarted twice without a step of progress" in done.err

@@ -22,10 +22,8 @@ def test_accelerate_loads_it(file: Path):
     assert config.use_cpu == ("cpu" in file.stem)
 
 
-@pytest.mark.parametrize(
-    ("name", "world_size"),
-    [("cpu_processes", 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("one_cpu", 1), ("many_gpus", 2)))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "world_size"), [("cpu_processes", 2), ("one_cpu", 1), ("many_gpus", 2)])
 def test_it_trains_here(place: Path, name: str, world_size: int):
     """Also the one for many GPUs, where there are none: N processes on CPUs, as one run."""
     done = accelerate("--config_file", str(ROOT / f"launch/{name}.yaml"), *SHORT, "train.precision=fp32", cwd=place)

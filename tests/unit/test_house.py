@@ -43,7 +43,7 @@ def test_the_house_has_no_other_rooms():
     assert {room(module) for module in SOURCES if module != "digitdist"} == set(ROOMS)
 
 
-@pytest.mark.parametrize("module", set(SOURCES) - {"digitdist"})
+@pytest.mark.parametrize("module", sorted(SOURCES.keys() - {"digitdist"}))
 def test_a_room_imports_only_from_the_doors_of_rooms_above_it(module: str):
     for other in imported(module, SOURCES[module]):
         if room(other) != room(module):

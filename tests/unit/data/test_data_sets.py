@@ -37,6 +37,7 @@ def test_torchvision_reads_what_was_unpacked(mnist_root: Path, splits: Splits):
     assert torch.equal(theirs.targets, splits.test.labels)
 
 
+@pytest.mark.slow
 def test_four_processes_that_start_cold_unpack_once(tmp_path: Path):
     code = f"""
 import sys
