@@ -215,7 +215,7 @@ def test_without_the_test_images_the_page_says_why(run: Path, splits: Splits, mo
 
     monkeypatch.setattr(plots, "load_splits", fail)
     text = Page(report.write_report(run).read_text()).text
-    assert "No picture, since the test images are not to be had here: data.name=mnist cannot be downloaded." in text
+    assert "No picture, since the test images are not available here: data.name=mnist cannot be downloaded." in text
     assert not (run / "plots/mistakes.png").exists()
 
 
