@@ -1,4 +1,4 @@
-"""The networks: images, float32 [n, 1, 28, 28], to logits, float32 [n, 10].
+"""The networks: images, float32 [n, in_channels, height, width], to logits, float32 [n, num_classes].
 
 A new one is a class and a line in `MODELS`; ``model.target`` names a user's own.
 """
@@ -6,6 +6,7 @@ A new one is a class and a line in `MODELS`; ``model.target`` names a user's own
 from __future__ import annotations
 
 import importlib
+import inspect
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,27 +16,28 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from digitdist.config import ModelConfig
+from digitdist.data import DataSetInfo
 from digitdist.errors import UserError, in_one_line
 
-IMAGE_SHAPE = (1, 28, 28)
-NUM_CLASSES = 10
+Size = int | tuple[int, int]  # of an image: its side, or height and width
 
 
 class Cnn(nn.Module):
-    """Two 5×5 convolutions, two linear layers, dropout; 21,840 weights.
+    """Two 5×5 convolutions, two linear layers, dropout; 21,840 weights for MNIST.
 
     It returns logits: a softmax before `CrossEntropyLoss`, which applies one itself, would flatten the gradient and cost
     1.5 points of accuracy after 9 epochs (97.2 % against 98.6 %).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, num_classes: int, in_channels: int, image_size: Size) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(1, 10, 5)
+        self.conv1 = nn.Conv2d(in_channels, 10, 5)
         self.conv2 = nn.Conv2d(10, 20, 5)
         self.channel_dropout = nn.Dropout2d(0.5)
-        self.linear1 = nn.Linear(320, 50)
+        height, width = (((side - 4) // 2 - 4) // 2 for side in sides(image_size))
+        self.linear1 = nn.Linear(20 * height * width, 50)
         self.dropout = nn.Dropout(0.5)
-        self.linear2 = nn.Linear(50, NUM_CLASSES)
+        self.linear2 = nn.Linear(50, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         x = F.relu(F.max_pool2d(self.conv1(images), 2))
@@ -48,16 +50,19 @@ class Cnn(nn.Module):
 class CnnBatchNorm(nn.Module):
     """Three 3×3 convolutions of `width`, 2·`width` and 4·`width` channels, each with BatchNorm, and a linear layer."""
 
-    def __init__(self, width: int = 16) -> None:
+    def __init__(self, num_classes: int, in_channels: int, image_size: Size, width: int = 16) -> None:
         super().__init__()
-        channels = (1, width, 2 * width, 4 * width)
+        channels = (in_channels, width, 2 * width, 4 * width)
         self.blocks = nn.Sequential(
             *(
                 nn.Sequential(nn.Conv2d(i, o, 3, bias=False), nn.MaxPool2d(2), nn.BatchNorm2d(o), nn.ReLU())
                 for i, o in itertools.pairwise(channels)
             )
         )
-        self.linear = nn.Linear(4 * width, NUM_CLASSES)
+        rows, columns = sides(image_size)
+        for _ in self.blocks:
+            rows, columns = (rows - 2) // 2, (columns - 2) // 2
+        self.linear = nn.Linear(4 * width * rows * columns, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.linear(self.blocks(images).flatten(1))
@@ -66,25 +71,33 @@ class CnnBatchNorm(nn.Module):
 class ConvNet(nn.Module):
     """The network of the recipes: convolutions of `channels`, each with BatchNorm and GELU, and a linear layer.
 
-    It crops images to the middle 24×24 pixels, which hold all but the rims of a few digits. The first convolution is
-    `stem`×`stem`, with stride 2 if that is even; the others are 3×3. The first and the last have no padding. A 2×2 maximum
-    follows the convolutions numbered in `pools`, before BatchNorm and GELU, which then have a quarter of the work.
+    It leaves out a rim of 2 pixels: the middle 24×24 of MNIST's 28×28 hold all but the rims of a few digits. The first
+    convolution is `stem`×`stem`, with stride 2 if that is even; the others are 3×3. The first and the last have no padding. A
+    2×2 maximum follows the convolutions numbered in `pools`, before BatchNorm and GELU, which then have a quarter of the work.
     """
 
-    def __init__(self, channels: Sequence[int] = (16, 32, 48), pools: Sequence[int] = (1,), stem: int = 4) -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        in_channels: int,
+        image_size: Size,
+        channels: Sequence[int] = (16, 32, 48),
+        pools: Sequence[int] = (1,),
+        stem: int = 4,
+    ) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        size, last = 24, len(channels) - 1
-        for number, (before, width) in enumerate(itertools.pairwise((1, *channels))):
+        size, last = [side - 4 for side in sides(image_size)], len(channels) - 1
+        for number, (before, width) in enumerate(itertools.pairwise((in_channels, *channels))):
             kernel, stride, padding = (3, 1, int(number < last)) if number else (stem, 2 - stem % 2, 0)
             layers.append(nn.Conv2d(before, width, kernel, stride, padding, bias=False))
-            size = (size + 2 * padding - kernel) // stride + 1
+            size = [(side + 2 * padding - kernel) // stride + 1 for side in size]
             if number in pools:
                 layers.append(nn.MaxPool2d(2))
-                size //= 2
+                size = [side // 2 for side in size]
             layers += [nn.BatchNorm2d(width), nn.GELU()]
         self.layers = nn.Sequential(*layers)
-        self.linear = nn.Linear(channels[-1] * size * size, NUM_CLASSES)
+        self.linear = nn.Linear(channels[-1] * size[0] * size[1], num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.layers(images[:, :, 2:-2, 2:-2])
@@ -101,9 +114,9 @@ class Columns(nn.Module):
     Classification, 2012, where each column always gets all images.
     """
 
-    def __init__(self, columns: int = 2, **column: Any) -> None:
+    def __init__(self, num_classes: int, in_channels: int, image_size: Size, columns: int = 2, **column: Any) -> None:
         super().__init__()
-        self.columns = nn.ModuleList(ConvNet(**column) for _ in range(columns))
+        self.columns = nn.ModuleList(ConvNet(num_classes, in_channels, image_size, **column) for _ in range(columns))
 
     def forward(self, images: Tensor) -> Tensor:
         count = len(self.columns)
@@ -121,23 +134,33 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def build_model(config: ModelConfig, seed: int) -> nn.Module:
-    """The configured network on the CPU, in training mode, its initial weights a function of `seed` alone.
+def sides(image_size: Size) -> tuple[int, int]:
+    """Height and width of an image."""
+    return (image_size, image_size) if isinstance(image_size, int) else image_size
+
+
+def build_model(config: ModelConfig, seed: int, info: DataSetInfo) -> nn.Module:
+    """The configured network for a data set, on the CPU, in training mode, its initial weights a function of `seed` alone.
+
+    Its class gets `num_classes`, `in_channels` and `image_size` (a number, or height and width) as far as its constructor
+    takes them, and ``model.args``.
 
     Raises:
-        UserError: there is no such network, its arguments do not fit, or its output is not [n, 10].
+        UserError: there is no such network, its arguments do not fit, or its output is not [n, classes].
     """
     kind = _find_class(config)
     torch.manual_seed(seed)
     label = config.target or config.name
+    form = {"num_classes": info.num_classes, "in_channels": info.channels, "image_size": info.image_size}
     try:
-        model = kind(**config.args)
+        parameters = inspect.signature(kind).parameters
+        model = kind(**{name: value for name, value in form.items() if name in parameters} | config.args)
         with torch.no_grad():
-            shape = tuple(model.eval()(torch.zeros(2, *IMAGE_SHAPE)).shape)
+            shape = tuple(model.eval()(torch.zeros(2, *info.image_shape)).shape)
     except Exception as error:  # a user's network may raise anything
         raise UserError(f"model {label!r} with model.args={dict(config.args)} does not work: {in_one_line(error)}") from error
-    if shape != (2, NUM_CLASSES):
-        raise UserError(f"model {label!r} gives {shape} for 2 images; it must give logits of shape (2, {NUM_CLASSES})")
+    if shape != (2, info.num_classes):
+        raise UserError(f"model {label!r} gives {shape} for 2 images; it must give logits of shape (2, {info.num_classes})")
     return model.train()
 
 

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn import functional as F
 
-from digitdist.data import DATA_SETS, Order, Sharding, Share, TrainingSampler, normalise, prepare_loader
+from digitdist.data import ImageSet, Order, Sharding, Share, TrainingSampler, normalise, prepare_loader
 from digitdist.distributed import Heartbeat, run_on_main, start_accelerator
 from digitdist.evaluate import chunked_loader, evaluate
 from digitdist.models import build_model
@@ -56,7 +56,7 @@ def bare_loop(setup: Setup, accelerator: Accelerator, variant: Variant) -> Loop:
     config, device = setup.config, accelerator.device
     size = variant.batch_size or config.data.batch_size
     layout = torch.channels_last if variant.channels_last else torch.contiguous_format
-    model = build_model(config.model, config.seed).to(device).to(memory_format=layout)
+    model = build_model(config.model, config.seed, setup.splits.info).to(device).to(memory_format=layout)
     optimizer = build_optimizer(model, config.optim)
     if variant.compiled:
         model.compile()
@@ -85,9 +85,9 @@ def _endless_batches(
     setup: Setup, accelerator: Accelerator, variant: Variant, size: int, layout: torch.memory_format
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Normalised pixels and labels of one batch after another, from where `variant` says."""
-    info, device = DATA_SETS[setup.config.data.name], accelerator.device
+    info, device = setup.splits.info, accelerator.device
     kept = min(len(setup.splits.train), max(20 * size, 2000))
-    images = setup.splits.train.subset(torch.arange(kept)).to(device)
+    images = ImageSet(*setup.splits.train.read(torch.arange(kept))).to(device)
     if variant.source == "loader":
         order = Order(kept - kept % size, size, seed=0)
         sampler = TrainingSampler(order, Sharding.of_all_ranks(1, 1), device)
@@ -123,7 +123,7 @@ def trainer_loop(overrides: list[str], phases: list[dict[str, float]], steps: in
         fixed = [f"run.dir={folder}", "train.eval_every=0", f"train.max_steps={steps}", *QUIET]
         setup = prepare([], [*overrides, *fixed])
         accelerator = start_accelerator(setup.config, setup.plan)
-        run = run_on_main(accelerator, lambda: open_run(setup.config, setup.plan, steps, []))
+        run = run_on_main(accelerator, lambda: open_run(setup.config, setup.plan, setup.splits, steps, []))
         trainer = Trainer(setup, accelerator, run, Heartbeat(run.heartbeat, setup.plan.world))
         trainer.train()
         torch.use_deterministic_algorithms(False)  # which exact mode switches on
@@ -136,9 +136,10 @@ def trainer_loop(overrides: list[str], phases: list[dict[str, float]], steps: in
 def evaluation_loops(setup: Setup, accelerator: Accelerator) -> dict[str, Loop]:
     """The bare forward pass over the test images, chunk by chunk; with their normalisation; and the whole evaluation."""
     config, device = setup.config, accelerator.device
-    model = build_model(config.model, config.seed).to(device).to(memory_format=torch.channels_last).eval()
+    model = build_model(config.model, config.seed, setup.splits.info).to(device).to(memory_format=torch.channels_last).eval()
     size = -(-config.data.eval_batch_size // config.sync.shards)
-    test, info = setup.splits.test.to(device), DATA_SETS[config.data.name]
+    info, whole_split = setup.splits.info, setup.splits.test
+    test = ImageSet(*whole_split.read(torch.arange(len(whole_split)))).to(device)
     raw, ready = test.images.split(size), normalise(test.images, info).split(size)
     loader = chunked_loader(accelerator, test, config)
 
@@ -165,10 +166,10 @@ def plain_way(setup_arguments: list[str], steps: int) -> float:
     """Images a second of torchvision's MNIST with `ToTensor` an image and one worker process, without the loader's start."""
     import torchvision
 
-    config = prepare([], setup_arguments).config
+    setup = prepare([], setup_arguments)
+    config, model = setup.config, setup.model
     images = torchvision.datasets.MNIST(config.data.root, transform=torchvision.transforms.ToTensor())
     loader = iter(torch.utils.data.DataLoader(images, config.data.batch_size, shuffle=True, num_workers=1))
-    model = build_model(config.model, config.seed)
     optimizer = torch.optim.Adam(model.parameters(), config.optim.lr)
     for step in range(steps + 3):
         if step == 3:

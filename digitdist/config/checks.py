@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from digitdist.config.schema import Config
+from digitdist.config.schema import Config, DataConfig
 from digitdist.world import is_main
 
 
@@ -24,7 +24,21 @@ def check_combinations(config: Config) -> list[str]:
             f"train.compile={config.train.compile} is not allowed with sync.mode=exact; set it to none: what is compiled,"
             " and so its rounding, depends on the batch sizes that a process has met"
         )
-    return mistakes + _check_folders(config)
+    return mistakes + _check_data(config) + _check_folders(config)
+
+
+def _check_data(config: Config) -> list[str]:
+    data, defaults = config.data, DataConfig()
+    mistakes = []
+    if data.args and data.target is None:
+        mistakes.append(f"data.args={dict(data.args)} is not allowed without data.target, whose arguments they are")
+    if data.channels == 2:
+        mistakes.append("data.channels=2 is not allowed; it takes 1 (grey) or 3 (colour)")
+    resizes = data.name == "folder" and data.target is None and data.image == "resize"
+    for name in ("size", "channels"):
+        if getattr(data, name) != getattr(defaults, name) and not resizes:
+            mistakes.append(f"data.{name}={getattr(data, name)} needs data.name=folder and data.image=resize")
+    return mistakes
 
 
 def _check_folders(config: Config) -> list[str]:

@@ -33,10 +33,21 @@ def key(
 class DataConfig:
     """The data set, and how it is cut into batches."""
 
-    name: Literal["mnist", "fashion_mnist", "kmnist", "qmnist", "emnist_digits", "usps"] = key(
-        "mnist", "data set; mnist ships with the package, torchvision downloads the others"
+    name: Literal["mnist", "fashion_mnist", "kmnist", "qmnist", "emnist_digits", "usps", "svhn", "cifar10", "folder"] = key(
+        "mnist", "data set; mnist ships with the package, torchvision downloads others; folder: DIR/train/CLASS, DIR/test/CLASS"
     )
-    root: str = key("data", "folder where data sets are kept", alters_result=False)
+    root: str = key("data", "folder where data sets are kept; folder: DIR itself", alters_result=False)
+    target: str | None = key(None, "your own data set instead: package.module.Class, in torchvision's convention")
+    args: dict[str, Any] = key({}, "keyword arguments of the data set's class")
+    image: Literal["mnist", "resize"] = key(
+        "mnist", "folder: bring pictures to MNIST's form as predict does, or resize them to data.size and data.channels"
+    )
+    size: int = key(28, "folder: side of an image in pixels, with data.image=resize", ge=4, le=512)
+    channels: int = key(1, "folder: 1 (grey) or 3 (colour), with data.image=resize", ge=1, le=3)
+    in_memory: bool | None = key(None, "read images once, or stream them (false); null: once if they are small and fixed")
+    workers: int | None = key(
+        None, "processes of each rank that read images; null: one a core, at most 4", ge=0, le=64, alters_result=False
+    )
     batch_size: int = key(100, "global batch: images of one step, over all ranks and micro-batches", ge=1)
     eval_batch_size: int = key(
         1000, "images of an evaluation batch, which is cut into sync.shards chunks", ge=1, alters_result=False
@@ -62,7 +73,7 @@ class ModelConfig:
     """The network."""
 
     name: str = key("cnn", "network: a name in digitdist.models.MODELS")
-    target: str | None = key(None, "your own network instead: package.module.Class, images [n,1,28,28] to logits [n,10]")
+    target: str | None = key(None, "your own network instead: package.module.Class, images [n,c,h,w] to logits [n,classes]")
     args: dict[str, Any] = key({}, "keyword arguments of the network's class")
 
 

@@ -1,19 +1,24 @@
-"""Data sets, what is done to their pixels, the order of a training, and the loaders that give each rank its share.
+"""Data sets, ours and users', what is done to their pixels, the order of a training, and the loaders of each rank's share.
 
 A new data set is an entry of `DATA_SETS` and, where torchvision does not have it, a reader in a file of its own.
 """
 
-from digitdist.data.datasets import DATA_SETS, Batch, DataSetInfo, ImageSet, Share, Splits
+from digitdist.data.datasets import AnySet, Batch, ImageSet, Share, Splits, StreamedSet
+from digitdist.data.info import DATA_SETS, DataSetInfo
 from digitdist.data.loaders import TrainingSampler, evaluation_loader, prepare_loader
-from digitdist.data.loading import load_splits
+from digitdist.data.loading import known_info, load_splits
 from digitdist.data.loss_history import LossHistory, NullLossHistory
+from digitdist.data.mnist_form import mnist_form
 from digitdist.data.order import Order
-from digitdist.data.randomness import derive_seed
+from digitdist.data.picture import list_pictures, open_picture, read_picture
+from digitdist.data.forms import picture_form
+from digitdist.data.randomness import derive_seed, seed_host
 from digitdist.data.sharding import Sharding
-from digitdist.data.transforms import augment, normalise
+from digitdist.data.transforms import augment, black, displayable, normalise
 
 __all__ = [
     "DATA_SETS",
+    "AnySet",
     "Batch",
     "DataSetInfo",
     "ImageSet",
@@ -23,11 +28,21 @@ __all__ = [
     "Sharding",
     "Share",
     "Splits",
+    "StreamedSet",
     "TrainingSampler",
     "augment",
+    "black",
     "derive_seed",
+    "displayable",
     "evaluation_loader",
+    "known_info",
+    "list_pictures",
     "load_splits",
+    "mnist_form",
     "normalise",
+    "open_picture",
+    "picture_form",
     "prepare_loader",
+    "read_picture",
+    "seed_host",
 ]

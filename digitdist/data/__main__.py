@@ -8,31 +8,37 @@ from __future__ import annotations
 import torch
 
 from digitdist.config import DataConfig, Parser, load_config
-from digitdist.data.datasets import DATA_SETS, Splits
-from digitdist.data.loading import load_splits
+from digitdist.data.datasets import ImageSet, Splits, spread
+from digitdist.data.loading import SAMPLE, load_splits
+from digitdist.data.transforms import displayable
 from digitdist.distributed import run_command
 from digitdist.errors import UserError
+
+PLOTTED = 20  # classes in a picture of samples
 
 
 def describe(config: DataConfig, splits: Splits) -> str:
     """Splits, counts, shapes, classes, mean and deviation, as lines of text."""
-    classes = DATA_SETS[config.name].classes
-    lines = [f"{config.name} in {config.root}: classes {', '.join(classes)}"]
+    classes = splits.info.classes
+    lines = [f"{splits.info.name} in {config.root}: classes {', '.join(classes)}"]
     for name, images in (("train", splits.train), ("validation", splits.validation), ("test", splits.test)):
         if not len(images):
             continue
-        pixels = images.images.double() / 255
-        counts = torch.bincount(images.labels, minlength=len(classes)).tolist()
+        whole = isinstance(images, ImageSet)
+        seen = images if isinstance(images, ImageSet) else images.read(spread(len(images), SAMPLE))
+        pixels = seen.images.double() / 255
+        counts = torch.bincount(seen.labels, minlength=len(classes)).tolist()
         lines.append(
-            f"{name:10} {len(images):,} images {tuple(images.images.shape[1:])}"
-            f" {str(images.images.dtype).removeprefix('torch.')},"
+            f"{name:10} {len(images):,} images {tuple(seen.images.shape[1:])}"
+            f" {str(seen.images.dtype).removeprefix('torch.')},"
             f" mean {pixels.mean():.4f}, deviation {pixels.std(correction=0):.4f}"
         )
-        lines.append(f"{'':10} of each class: {', '.join(map(str, counts))}")
+        among = "" if whole else f" among {len(seen.labels):,} that were read"
+        lines.append(f"{'':10} of each class{among}: {', '.join(map(str, counts))}")
     return "\n".join(lines)
 
 
-def plot(config: DataConfig, splits: Splits, file: str) -> None:
+def plot(splits: Splits, file: str) -> None:
     """Writes a picture of ten training images of each class, a row a class.
 
     Raises:
@@ -40,18 +46,19 @@ def plot(config: DataConfig, splits: Splits, file: str) -> None:
     """
     from matplotlib.figure import Figure
 
-    classes = DATA_SETS[config.name].classes
-    figure = Figure(figsize=(6.4, 6.4), layout="constrained")
+    info, classes, train = splits.info, splits.info.classes[:PLOTTED], splits.train
+    seen = train if isinstance(train, ImageSet) else train.read(spread(len(train), SAMPLE))
+    figure = Figure(figsize=(6.4, 0.64 * len(classes)), layout="constrained")
     axes = figure.subplots(len(classes), 10)
     for label, row in enumerate(axes):
-        positions = (splits.train.labels == label).nonzero().flatten()[: len(row)].tolist()
+        positions = (seen.labels == label).nonzero().flatten()[: len(row)]
         for axis in row:
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
-        for axis, position in zip(row, positions, strict=False):
-            axis.imshow(splits.train.images[position], cmap="gray_r", vmin=0, vmax=255)
+        for axis, image in zip(row, displayable(seen.images[positions]), strict=False):
+            axis.imshow(image, cmap="gray_r" if info.image == "mnist" else "gray", vmin=0, vmax=255)
         row[0].set_ylabel(classes[label], rotation=0, ha="right", va="center")
-    figure.suptitle(f"{config.name}: {len(splits.train):,} training images, ten of each class", fontsize=10)
+    figure.suptitle(f"{info.name}: {len(splits.train):,} training images, ten of each class", fontsize=10)
     try:
         figure.savefig(file, dpi=120)
     except (OSError, ValueError) as error:
@@ -72,7 +79,7 @@ def main() -> None:
     splits = load_splits(config.data, config.seed)
     print(describe(config.data, splits))
     if arguments.plot:
-        plot(config.data, splits, arguments.plot)
+        plot(splits, arguments.plot)
         print(f"{arguments.plot}: samples of each class")
 
 

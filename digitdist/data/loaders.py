@@ -14,9 +14,10 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from digitdist.data.datasets import Batch, ImageSet, Share
+from digitdist.data.datasets import AnySet, Batch, Share, StreamedSet
 from digitdist.data.order import Order
 from digitdist.data.sharding import Sharding
+from digitdist.data.workers import ignore_stop_requests
 
 
 class TrainingSampler(Sampler[Share]):
@@ -36,10 +37,10 @@ class TrainingSampler(Sampler[Share]):
 
     def __iter__(self) -> Iterator[Share]:
         batches = self.order.global_batches(self.step, self.ranking, self.device)
-        for _, positions in zip(range(self.step, self.end), batches, strict=False):
+        for step, positions in zip(range(self.step, self.end), batches, strict=False):
             for sharding in self.shardings:
                 first, end = sharding.share(len(positions))
-                yield Share(positions[first:end])
+                yield Share(positions[first:end], epoch=step // self.order.steps_per_epoch)
 
 
 class EvaluationSampler(Sampler[Share]):
@@ -57,16 +58,24 @@ class EvaluationSampler(Sampler[Share]):
             yield Share(positions)
 
 
-def prepare_loader(accelerator: Accelerator, images: ImageSet, sampler: Sampler[Share]) -> DataLoader[Batch]:
-    """A loader of this rank's shares. `images` are on the device already, and are indexed there: no copy a step."""
-    # A generator of its own, since a loader would otherwise draw on the global one.
-    loader = DataLoader(images, batch_sampler=sampler, collate_fn=_as_it_is, generator=torch.Generator())  # type: ignore[arg-type]
-    return accelerator.prepare_data_loader(loader, device_placement=False)
+def prepare_loader(accelerator: Accelerator, images: AnySet, sampler: Sampler[Share]) -> DataLoader[Batch]:
+    """A loader of this rank's shares. Images in memory are on the device already, and are indexed there: no copy a step.
+    Streamed ones are read by worker processes, which stay for the next pass."""
+    loader: DataLoader[Batch] = DataLoader(
+        images,
+        batch_sampler=sampler,  # type: ignore[arg-type]
+        collate_fn=_as_it_is,  # type: ignore[arg-type]
+        generator=torch.Generator(),  # its own, since a loader would otherwise draw on the global one
+        num_workers=images.workers,
+        persistent_workers=images.workers > 0,
+        worker_init_fn=ignore_stop_requests,
+    )
+    return accelerator.prepare_data_loader(loader, device_placement=isinstance(images, StreamedSet))
 
 
-def evaluation_loader(accelerator: Accelerator, images: ImageSet, chunk_size: int) -> DataLoader[Batch]:
+def evaluation_loader(accelerator: Accelerator, images: AnySet, chunk_size: int) -> DataLoader[Batch]:
     """A loader of this rank's part of `images` in chunks that are the same for any world size."""
-    sampler = EvaluationSampler(len(images), chunk_size, accelerator.num_processes, images.images.device)
+    sampler = EvaluationSampler(len(images), chunk_size, accelerator.num_processes, images.indices.device)
     return prepare_loader(accelerator, images, sampler)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from digitdist.checkpoint import Tensors
-from digitdist.data.datasets import ImageSet
+from digitdist.data.datasets import AnySet
 
 GROUP = "hardness"  # the name of its file in checkpoints, whose format is kept
 
@@ -40,7 +40,7 @@ class LossHistory:
     Both are float32 [largest index + 1]: infinite in `known` for images not yet seen, NaN in `recent` for those not seen since.
     """
 
-    def __init__(self, images: ImageSet):
+    def __init__(self, images: AnySet):
         self.indices = images.indices
         self.known = torch.full((int(self.indices.max()) + 1,), math.inf, device=self.indices.device)
         self.recent = torch.full_like(self.known, math.nan)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import random
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,3 +18,10 @@ def derive_seed(*parts: object) -> int:
 def permutation(count: int, *parts: object) -> Tensor:
     """A permutation of 0..count-1, int64 [count], a fixed function of the arguments."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(derive_seed("permutation", *parts)))
+
+
+def seed_host(seed: int) -> None:
+    """Seeds the global generators of torch on the CPU, of numpy and of Python."""
+    torch.default_generator.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)

@@ -13,8 +13,18 @@ import torch
 from filelock import FileLock
 from torch.nn import functional as F
 
-from digitdist.data.datasets import DATA_SETS, ImageSet
+from digitdist.data.datasets import ImageSet
 from digitdist.errors import UserError, in_one_line
+
+CLASSES = {
+    "fashion_mnist": "FashionMNIST",
+    "kmnist": "KMNIST",
+    "qmnist": "QMNIST",
+    "emnist_digits": "EMNIST",
+    "usps": "USPS",
+    "svhn": "SVHN",
+    "cifar10": "CIFAR10",
+}
 
 
 def read_torchvision(name: str, root: Path, split: str) -> ImageSet:
@@ -25,9 +35,10 @@ def read_torchvision(name: str, root: Path, split: str) -> ImageSet:
     """
     import torchvision  # takes 2 s, so only here
 
-    kind = getattr(torchvision.datasets, DATA_SETS[name].torchvision_class)
-    options: dict[str, Any] = {"train": split == "train"} | ({"split": "digits"} if name == "emnist_digits" else {})
-    folder = root / "USPS" if name == "usps" else root
+    kind = getattr(torchvision.datasets, CLASSES[name])
+    options: dict[str, Any] = {"split": split} if name == "svhn" else {"train": split == "train"}
+    options |= {"split": "digits"} if name == "emnist_digits" else {}
+    folder = root / kind.__name__ if name in ("usps", "svhn") else root
     output = io.StringIO()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -43,7 +54,10 @@ def read_torchvision(name: str, root: Path, split: str) -> ImageSet:
 
 
 def _as_images(name: str, data: Any) -> ImageSet:
-    images, labels = torch.as_tensor(np.asarray(data.data)), torch.as_tensor(data.targets).long()
+    images = torch.as_tensor(np.asarray(data.data))
+    labels = torch.as_tensor(data.labels if name == "svhn" else data.targets).long()
+    if name == "cifar10":
+        images = images.permute(0, 3, 1, 2).contiguous()
     if name == "qmnist":
         labels = labels[:, 0].contiguous()  # the class; the other columns say who wrote it and where
     if name == "emnist_digits":
@@ -63,6 +77,11 @@ def _sources(kind: Any, root: Path) -> tuple[list[str], list[str], Path]:
             return [part[0] for part in kind.split_list.values()], [part[1] for part in kind.split_list.values()], root
         case "EMNIST":
             return [kind.url], [kind.url.rpartition("/")[2]], folder
+        case "SVHN":
+            parts = [kind.split_list[split] for split in ("train", "test")]
+            return [part[0] for part in parts], [part[1] for part in parts], root
+        case "CIFAR10":
+            return [kind.url], [kind.filename], root
         case "QMNIST":
             addresses = [address for part in ("train", "test") for address, _ in kind.resources[part]]
             return addresses, [address.rpartition("/")[2] for address in addresses], folder

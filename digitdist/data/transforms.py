@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from digitdist.config import AugmentConfig
-from digitdist.data.datasets import DataSetInfo
+from digitdist.data.info import DataSetInfo
 from digitdist.distributed import to_device
 
 
 def normalise(images: Tensor, info: DataSetInfo) -> Tensor:
-    """uint8 [n, 28, 28] to float32 [n, 1, 28, 28] of about zero mean and unit deviation."""
-    return images.unsqueeze(1).float().sub_(255 * info.mean).mul_(1 / (255 * info.std))
+    """uint8 [n, h, w] or [n, c, h, w] to float32 [n, c, h, w], each channel of about zero mean and unit deviation."""
+    if info.channels == 1:
+        return images.unsqueeze(1).float().sub_(255 * info.mean[0]).mul_(1 / (255 * info.std[0]))
+    mean, std = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (info.mean, info.std))
+    return images.float().sub_(255 * mean).div_(255 * std)
 
 
-def augment(images: Tensor, config: AugmentConfig, background: float) -> Tensor:
-    """Each image of float32 [n, 1, 28, 28] shifted, rotated, scaled and sheared at random, drawn from torch's CPU generator.
+def displayable(images: Tensor) -> np.ndarray:
+    """Raw images on the CPU as plots take them: uint8 [n, h, w], or [n, h, w, 3] in colour."""
+    return (images.permute(0, 2, 3, 1) if images.ndim == 4 else images).numpy()
 
-    Pixels that come from outside an image have the value `background`.
+
+def black(info: DataSetInfo) -> Tensor | float:
+    """What a black pixel is after `normalise`: a number, or in colour float32 [c, 1, 1]."""
+    values = [-mean / std for mean, std in zip(info.mean, info.std, strict=True)]
+    return values[0] if len(values) == 1 else torch.tensor(values).view(-1, 1, 1)
+
+
+def augment(images: Tensor, config: AugmentConfig, background: Tensor | float) -> Tensor:
+    """Each image of float32 [n, c, h, w] shifted, rotated, scaled and sheared at random, drawn from torch's CPU generator.
+
+    Pixels that come from outside an image have the value `background`, a number or float32 [c, 1, 1].
     """
     if not (config.shift or config.rotate or config.scale or config.shear) or not len(images):
         return images
@@ -27,13 +42,16 @@ def augment(images: Tensor, config: AugmentConfig, background: float) -> Tensor:
     angle, scale, shear, shift_x, shift_y = to_device(drawn, images.device)
     angle, scale = torch.deg2rad(config.rotate * angle), 1 + config.scale * scale
     cos, sin, shear = angle.cos() / scale, angle.sin() / scale, config.shear * shear
-    size = images.shape[-1]
-    pixel = 2 / size  # in the units of grid_sample, where an image extends from -1 to 1
-    axis = (torch.arange(size, device=images.device) - (size - 1) / 2) * pixel
+    height, width = images.shape[-2:]
+    # In the units of grid_sample, where an image extends from -1 to 1 both ways.
+    x, y = ((torch.arange(size, device=images.device) - (size - 1) / 2) * (2 / size) for size in (width, height))
+    if isinstance(background, Tensor):
+        background = background.to(images.device)
     # The source of each pixel, [[cos, -sin], [sin, cos]] @ [[1, shear], [0, 1]] @ (x, y) + shift, as two sums a pixel:
     # the matrix product of F.affine_grid takes a third of the whole time.
-    source_x, source_y = cos * axis + config.shift * pixel * shift_x, sin * axis + config.shift * pixel * shift_y
-    grid = torch.empty(len(images), size, size, 2, device=images.device)
-    torch.add(source_x[:, None], ((cos * shear - sin) * axis)[..., None], out=grid[..., 0])
-    torch.add(source_y[:, None], ((sin * shear + cos) * axis)[..., None], out=grid[..., 1])
+    source_x = cos * x + config.shift * (2 / width) * shift_x
+    source_y = sin * x * (width / height) + config.shift * (2 / height) * shift_y
+    grid = torch.empty(len(images), height, width, 2, device=images.device)
+    torch.add(source_x[:, None], ((cos * shear - sin) * y * (height / width))[..., None], out=grid[..., 0])
+    torch.add(source_y[:, None], ((sin * shear + cos) * y)[..., None], out=grid[..., 1])
     return F.grid_sample(images - background, grid, align_corners=False).add_(background)

@@ -5,7 +5,7 @@ Whatever depends on a launcher, a device, a signal or another rank's fate belong
 
 from digitdist.distributed.accelerator import prepare_module, start_accelerator
 from digitdist.distributed.collectives import check_equal, gather_rows, run_on_main
-from digitdist.distributed.device import device_name, peak_memory_mb, to_device
+from digitdist.distributed.device import device_name, num_cores, peak_memory_mb, to_device
 from digitdist.distributed.failures import find_failed_rank, is_collective_failure
 from digitdist.distributed.heartbeat import NOTICED, RAISED, Heartbeat, read_beats
 from digitdist.distributed.phases import PhaseTimer
@@ -31,6 +31,7 @@ __all__ = [
     "is_collective_failure",
     "launcher_start_time",
     "make_plan",
+    "num_cores",
     "peak_memory_mb",
     "prepare_module",
     "raise_on_all_ranks",

@@ -10,7 +10,7 @@ import json
 import torch
 
 from digitdist.config import Parser
-from digitdist.data import DATA_SETS, load_splits
+from digitdist.data import load_splits
 from digitdist.distributed import make_plan, run_command, start_accelerator
 from digitdist.errors import UserError
 from digitdist.evaluate.evaluating import chunked_loader, evaluate
@@ -32,9 +32,11 @@ def main() -> None:
     arguments = parser.parse_args()
 
     run = load_run(arguments.run, arguments.overrides)
-    config, info = run.config, DATA_SETS[run.config.data.name]
+    config, info = run.config, run.info
     plan = make_plan(config)
-    images = getattr(load_splits(config.data, config.seed), arguments.split)
+    splits = load_splits(config.data, config.seed)
+    run.check_form(splits.info)
+    images = getattr(splits, arguments.split)
     if not len(images):
         raise UserError(f"--split {arguments.split}: the run held no images out; set data.validation")
     stored = run.checkpoint(arguments.checkpoint)
@@ -49,7 +51,7 @@ def main() -> None:
         report |= {"class_accuracy": result.class_accuracy, "confusion": result.confusion.tolist()}
         print_main(json.dumps(report))
     else:
-        print_main(f"{run.folder} at step {stored.step:,}, {config.data.name} {arguments.split}: {result}")
+        print_main(f"{run.folder} at step {stored.step:,}, {splits.info.name} {arguments.split}: {result}")
         names = zip(info.classes, result.class_accuracy, strict=True)
         print_main("of each class: " + ", ".join(f"{n} {100 * a:.2f} %" for n, a in names if a is not None))
     accelerator.end_training()

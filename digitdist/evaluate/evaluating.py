@@ -12,15 +12,14 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from digitdist.config import Config
-from digitdist.data import Batch, DataSetInfo, ImageSet, evaluation_loader, normalise
+from digitdist.data import AnySet, Batch, DataSetInfo, evaluation_loader, normalise
 from digitdist.distributed import gather_rows
 from digitdist.evaluate.result import Evaluation
-from digitdist.models import NUM_CLASSES
 
 
-def chunked_loader(accelerator: Accelerator, images: ImageSet, config: Config) -> DataLoader[Batch]:
-    """This rank's part of `images`, which are on the device, in fixed chunks of ``data.eval_batch_size / sync.shards``: an
-    image is computed together with the same others on any world size."""
+def chunked_loader(accelerator: Accelerator, images: AnySet, config: Config) -> DataLoader[Batch]:
+    """This rank's part of `images`, those in memory on the device, in fixed chunks of ``data.eval_batch_size / sync.shards``:
+    an image is computed together with the same others on any world size."""
     return evaluation_loader(accelerator, images, chunk_size=-(-config.data.eval_batch_size // config.sync.shards))
 
 
@@ -42,13 +41,14 @@ def evaluate(accelerator: Accelerator, model: nn.Module, loader: Iterable[Batch]
     log_probability = scores[order].log_softmax(1)  # of all images at once, so that the world size has no influence
     highest, prediction = log_probability.max(1)
     loss = F.nll_loss(log_probability, label, reduction="none")
-    return Evaluation(*(column.numpy() for column in (index, label, prediction, highest.exp(), loss)))
+    columns = (index, label, prediction, highest.exp(), loss)
+    return Evaluation(*(column.numpy() for column in columns), num_classes=info.num_classes)
 
 
 def _predict(accelerator: Accelerator, model: nn.Module, loader: Iterable[Batch], info: DataSetInfo) -> tuple[Tensor, Tensor]:
-    """This rank's logits, float32 [n, 10], and the index and label of each, int64 [n, 2]."""
+    """This rank's logits, float32 [n, classes], and the index and label of each, int64 [n, 2]."""
     batches: list[Batch] = []
-    logits = [torch.empty(0, NUM_CLASSES, device=accelerator.device)]
+    logits = [torch.empty(0, info.num_classes, device=accelerator.device)]
     was_training = model.training
     model.eval()
     with torch.inference_mode(), accelerator.autocast():

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import io
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from digitdist.checkpoint import atomic_write
 from digitdist.evaluate.statistics import wilson_interval
-from digitdist.models import NUM_CLASSES
 
 
 @dataclass(frozen=True)
@@ -26,6 +25,7 @@ class Evaluation:
     prediction: np.ndarray
     probability: np.ndarray
     loss: np.ndarray
+    num_classes: int = field(kw_only=True)
 
     @property
     def total(self) -> int:
@@ -45,9 +45,9 @@ class Evaluation:
 
     @property
     def confusion(self) -> np.ndarray:
-        """int64 [10, 10]: how many images of class ``row`` were predicted as ``column``."""
-        counts = np.bincount(self.label * NUM_CLASSES + self.prediction, minlength=NUM_CLASSES**2)
-        return counts.reshape(NUM_CLASSES, NUM_CLASSES)
+        """int64 [classes, classes]: how many images of class ``row`` were predicted as ``column``."""
+        counts = np.bincount(self.label * self.num_classes + self.prediction, minlength=self.num_classes**2)
+        return counts.reshape(self.num_classes, self.num_classes)
 
     @property
     def class_accuracy(self) -> list[float | None]:
@@ -85,8 +85,8 @@ def save_predictions(result: Evaluation, file: Path) -> None:
     atomic_write(file, buffer.getvalue())
 
 
-def load_predictions(file: Path) -> Evaluation:
-    """What `save_predictions` wrote; its losses, which are not stored, are NaN.
+def load_predictions(file: Path, num_classes: int) -> Evaluation:
+    """What `save_predictions` wrote, of so many classes; its losses, which are not stored, are NaN.
 
     Raises:
         OSError, ValueError, KeyError, zipfile.BadZipFile: the file cannot be read, or does not hold predictions.
@@ -96,6 +96,6 @@ def load_predictions(file: Path) -> Evaluation:
         probability = saved["probability"].astype(np.float64)
     if not index.size or any(column.shape != index.shape for column in (label, prediction, probability)):
         raise ValueError("its columns are empty or of unequal length")
-    if not all(column.min() >= 0 and column.max() < NUM_CLASSES for column in (label, prediction)):
+    if not all(column.min() >= 0 and column.max() < num_classes for column in (label, prediction)):
         raise ValueError("it holds a class that does not exist")
-    return Evaluation(index, label, prediction, probability, np.full(len(index), np.nan))
+    return Evaluation(index, label, prediction, probability, np.full(len(index), np.nan), num_classes=num_classes)

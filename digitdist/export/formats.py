@@ -1,8 +1,8 @@
 """The formats: what makes a file's content from a model, and what loads the file again.
 
-A model in a file takes raw images, uint8 [n, 28, 28] for any n, and gives probabilities, float32 [n, 10]: the normalisation
-is inside. ``onnx`` needs an ONNX runtime, ``torch`` needs PyTorch, neither needs this package. ``safetensors`` holds the
-weights alone; the mean and deviation to normalise by are in its metadata.
+A model in a file takes raw images, uint8 [n, h, w] for any n, or [n, 3, h, w] in colour, and gives probabilities, float32
+[n, classes]: the normalisation is inside. ``onnx`` needs an ONNX runtime, ``torch`` needs PyTorch, neither needs this package.
+``safetensors`` holds the weights alone; the mean and deviation to normalise by are in its metadata.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from digitdist.config import Config
-from digitdist.data import DATA_SETS, DataSetInfo, normalise
+from digitdist.data import DataSetInfo, normalise
 from digitdist.errors import UserError, in_one_line
 from digitdist.models import build_model
 
 INPUT, OUTPUT = "images", "probabilities"
 Metadata = dict[str, Any]
-Classify = Callable[[Tensor], Tensor]  # uint8 [n, 28, 28] to float32 [n, 10]
+Classify = Callable[[Tensor], Tensor]  # uint8 [n, h, w] or [n, 3, h, w] to float32 [n, classes]
 
 
 class Classifier(nn.Module):
-    """Raw images, uint8 [n, 28, 28], to probabilities, float32 [n, 10], by a network in evaluation mode."""
+    """Raw images, uint8 [n, h, w] or [n, 3, h, w], to probabilities, float32 [n, classes], by a network in evaluation mode."""
 
     def __init__(self, network: nn.Module, info: DataSetInfo):
         super().__init__()
@@ -45,7 +45,7 @@ def trace(classifier: Classifier) -> torch.export.ExportedProgram:
     Raises:
         UserError: what the model does depends on the values, or on the number, of its images.
     """
-    example = torch.zeros(2, 28, 28, dtype=torch.uint8)  # 2, since sizes 0 and 1 are taken as fixed
+    example = torch.zeros(2, *classifier.info.raw_shape, dtype=torch.uint8)  # 2, since sizes 0 and 1 are taken as fixed
     try:
         program = torch.export.export(classifier, (example,), dynamic_shapes={INPUT: {0: torch.export.Dim("n")}}, strict=False)
     except Exception as error:  # a user's network may raise anything
@@ -86,13 +86,13 @@ def to_safetensors(classifier: Classifier, metadata: Metadata) -> bytes:
     return safetensors.torch.save(weights, _as_text(metadata))
 
 
-def from_torch(file: Path, config: Config) -> Classify:
+def from_torch(file: Path, config: Config, info: DataSetInfo) -> Classify:
     """Loads what `to_torch` made."""
     with file.open("rb") as opened:
         return torch.export.load(opened).module()
 
 
-def from_onnx(file: Path, config: Config) -> Classify:
+def from_onnx(file: Path, config: Config, info: DataSetInfo) -> Classify:
     """Loads what `to_onnx` made, for the CPU."""
     import onnxruntime
 
@@ -102,11 +102,11 @@ def from_onnx(file: Path, config: Config) -> Classify:
     return lambda images: torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
 
 
-def from_safetensors(file: Path, config: Config) -> Classify:
+def from_safetensors(file: Path, config: Config, info: DataSetInfo) -> Classify:
     """Loads what `to_safetensors` made into the network that `config` names."""
-    network = build_model(config.model, config.seed)
+    network = build_model(config.model, config.seed, info)
     network.load_state_dict(safetensors.torch.load_file(file))
-    return Classifier(network, DATA_SETS[config.data.name])
+    return Classifier(network, info)
 
 
 class Format(NamedTuple):
@@ -114,7 +114,7 @@ class Format(NamedTuple):
 
     suffix: str
     write: Callable[[Classifier, Metadata], bytes]
-    read: Callable[[Path, Config], Classify]
+    read: Callable[[Path, Config, DataSetInfo], Classify]
 
 
 FORMATS = {

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import digitdist
 from digitdist.checkpoint import weights_sha256, write_synced
-from digitdist.data import DATA_SETS, load_splits
+from digitdist.data import AnySet, load_splits
 from digitdist.export.formats import FORMATS, Classifier, Classify
 from digitdist.runs import StoredRun
 
@@ -29,13 +29,15 @@ def export(run: StoredRun, which: str, form: str, file: Path) -> str:
         UserError: there is no such checkpoint or data set, or the model cannot be traced.
         RuntimeError: the file does not predict as the run's model does. Whatever is raised, `file` is left as it was.
     """
-    config, info = run.config, DATA_SETS[run.config.data.name]
-    test = load_splits(config.data, config.seed).test
+    config, info = run.config, run.info
+    splits = load_splits(config.data, config.seed)
+    run.check_form(splits.info)
+    test = splits.test
     stored = run.checkpoint(which)
     network = run.model(stored)
     classifier = Classifier(network, info)
-    expected = probabilities(classifier, test.images)
-    correct, total = int((expected.argmax(1) == test.labels).sum()), len(test)
+    expected, labels = probabilities(classifier, test)
+    correct, total = int((expected.argmax(1) == labels).sum()), len(test)
     metadata = {
         "digitdist_version": digitdist.__version__,
         "run": run.folder.resolve().name,
@@ -43,10 +45,10 @@ def export(run: StoredRun, which: str, form: str, file: Path) -> str:
         "weights_sha256": weights_sha256(network.state_dict()),
         "model": config.model.target or config.model.name,
         "model_args": config.model.args,
-        "data_set": config.data.name,
+        "data_set": info.name,
         "classes": info.classes,
-        "pixel_mean": 255 * info.mean,
-        "pixel_std": 255 * info.std,
+        "pixel_mean": _pixels(info.mean),
+        "pixel_std": _pixels(info.std),
         "test_correct": correct,
         "test_total": total,
         "test_accuracy": correct / total,
@@ -56,25 +58,35 @@ def export(run: StoredRun, which: str, form: str, file: Path) -> str:
     try:
         with quiet():
             write_synced(temporary, FORMATS[form].write(classifier, metadata))
-            difference = compare(probabilities(FORMATS[form].read(temporary, config), test.images), expected)
+            found, _ = probabilities(FORMATS[form].read(temporary, config, info), test)
+            difference = compare(found, expected)
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
     counted = f"{correct:,}/{total:,} correct = {100 * correct / total:.2f} %"
     return (
-        f"{run.folder} at step {stored.step:,}, {config.data.name} test: {counted}\n{file}: the same prediction on all"
+        f"{run.folder} at step {stored.step:,}, {splits.info.name} test: {counted}\n{file}: the same prediction on all"
         f" {total:,} images, largest difference of a probability {difference:.2g}"
     )
 
 
 @torch.no_grad()
-def probabilities(classify: Classify, images: Tensor) -> Tensor:
-    """float32 [n, 10] for uint8 [n, 28, 28], in batches of 1, 7, 1,000 and the rest, since a graph must take any size."""
-    return torch.cat([classify(batch) for batch in (*images[:8].split((1, 7)), *images[8:].split(1000))])
+def probabilities(classify: Classify, images: AnySet) -> tuple[Tensor, Tensor]:
+    """Probabilities, float32 [n, classes], and labels, int64 [n], in batches of 1, 7, 1,000 and the rest, since a graph must
+    take any size."""
+    positions = torch.arange(len(images))
+    batches = [images.read(part) for part in (positions[:1], positions[1:8], *positions[8:].split(1000)) if len(part)]
+    return torch.cat([classify(batch.images) for batch in batches]), torch.cat([batch.labels for batch in batches])
+
+
+def _pixels(values: tuple[float, ...]) -> float | list[float]:
+    """A mean or deviation in units of a raw pixel: one number for grey images, else one for each channel."""
+    scaled = [255 * value for value in values]
+    return scaled[0] if len(scaled) == 1 else scaled
 
 
 def compare(found: Tensor, expected: Tensor) -> float:
-    """The largest difference between two sets of probabilities, float32 [n, 10], that predict the same.
+    """The largest difference between two sets of probabilities, float32 [n, classes], that predict the same.
 
     Raises:
         RuntimeError: they do not predict the same.

@@ -57,8 +57,8 @@ def common_images(a: Record, b: Record) -> tuple[np.ndarray, np.ndarray]:
     """
     if a.predictions is None or b.predictions is None:
         raise ValueError(f"{(b if a.predictions else a).name} has no predictions")
-    if a.data.name != b.data.name:
-        raise ValueError(f"{a.data.name} and {b.data.name} are different data sets")
+    if a.info.name != b.info.name:
+        raise ValueError(f"{a.info.name} and {b.info.name} are different data sets")
     index, in_a, in_b = np.intersect1d(a.predictions.index, b.predictions.index, return_indices=True)
     if not len(index):
         raise ValueError("they have no test image in common")

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
-from digitdist.config import DataConfig
-from digitdist.data import ImageSet, load_splits
+from digitdist.data import Batch, displayable, load_splits
 from digitdist.errors import UserError
 from digitdist.evaluate import Evaluation, calibration, wilson_interval
-from digitdist.models import NUM_CLASSES
 from digitdist.report.record import Record
 
 if TYPE_CHECKING:
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
 
 NUM_BINS = 15  # of the calibration
 NUM_MISTAKES, MISTAKES_A_ROW = 36, 6
+MAX_COUNTED = 25  # classes whose counts can be read in the confusion matrix
 # Okabe and Ito's colours, which colour-blind people can tell apart, without the yellow that is faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 BLUE, VERMILION, GREEN = COLOURS[0], COLOURS[1], COLOURS[2]
@@ -99,17 +99,17 @@ def plot_confusion(record: Record) -> Plot:
     if record.predictions is None:
         return Plot("Confusion", "", "No predictions yet.")
     counts = record.predictions.confusion
-    mistakes = np.where(np.eye(NUM_CLASSES, dtype=bool), 0, counts)
+    mistakes = np.where(np.eye(len(counts), dtype=bool), 0, counts)
     figure = _figure(5.6)
     axis = figure.subplots()
     axis.imshow(mistakes, cmap="Blues", vmin=0, vmax=max(1, 1.15 * mistakes.max()))
-    for (row, column), count in np.ndenumerate(counts):
+    for (row, column), count in np.ndenumerate(counts if len(counts) <= MAX_COUNTED else np.zeros((0, 0), np.int64)):
         dark = mistakes[row, column] > 0.6 * mistakes.max()
         colour = "white" if dark and row != column else "#222222" if count else "#bbbbbb"
         axis.text(column, row, f"{count}", ha="center", va="center", color=colour, weight="bold" if row == column else None)
     long = max(map(len, record.classes)) > 3
-    axis.set_xticks(range(NUM_CLASSES), record.classes, rotation=45 if long else 0, ha="right" if long else "center")
-    axis.set_yticks(range(NUM_CLASSES), record.classes)
+    axis.set_xticks(range(len(counts)), record.classes, rotation=45 if long else 0, ha="right" if long else "center")
+    axis.set_yticks(range(len(counts)), record.classes)
     axis.set(xlabel="predicted class", ylabel="true class")
     axis.grid(False)
     caption = "Test images by true and predicted class. The darker, the more frequent a mistake; the diagonal is right."
@@ -126,21 +126,26 @@ def plot_mistakes(record: Record) -> Plot:
     if not len(worst):
         return Plot("Worst mistakes", "", "There are none: every test image is predicted right.")
     try:
-        images = _test_images(record.data, result).images.numpy()
+        images = displayable(_test_images(record, result, worst).images)
     except UserError as error:
         return Plot("Worst mistakes", "", f"No picture, since the test images are not available here: {error}.")
-    num_rows, cell = -(-len(worst) // MISTAKES_A_ROW), 44  # pixels of an image with its title and margins
+    num_rows, (height, width) = -(-len(worst) // MISTAKES_A_ROW), images.shape[1:3]
+    head, margin = round(0.54 * height), round(0.29 * width)  # room for an image's title, and beside it
+    cell_height, cell_width = height + head + 1, width + 2 * margin
     figure = _figure(1.16 * num_rows)
-    canvas = np.zeros((num_rows * cell, MISTAKES_A_ROW * cell), np.uint8)  # one axis an image would take seconds to lay out
+    ink = record.info.image == "mnist"  # light on dark, and shown dark on light
+    # One axis an image would take seconds to lay out.
+    shape = (num_rows * cell_height, MISTAKES_A_ROW * cell_width, *images.shape[3:])
+    canvas = np.full(shape, 0 if ink else 255, np.uint8)
     axis = figure.subplots()
     for number, row in enumerate(worst):
-        y, x = number // MISTAKES_A_ROW * cell, number % MISTAKES_A_ROW * cell
-        canvas[y + 15 : y + 43, x + 8 : x + 36] = images[result.index[row]]
+        y, x = number // MISTAKES_A_ROW * cell_height, number % MISTAKES_A_ROW * cell_width
+        canvas[y + head : y + head + height, x + margin : x + margin + width] = images[number]
         label, prediction = (record.classes[column[row]] for column in (result.label, result.prediction))
         title = f"{label} → {prediction}\n{result.probability[row]:.3f}"
         size = 9 if len(label + prediction) < 12 else 6.5
-        axis.text(x + cell / 2, y + 14, title, ha="center", va="bottom", fontsize=size)
-    axis.imshow(canvas, cmap="gray_r", vmin=0, vmax=255)
+        axis.text(x + cell_width / 2, y + head - 1, title, ha="center", va="bottom", fontsize=size)
+    axis.imshow(canvas, cmap="gray_r" if ink else "gray", vmin=0, vmax=255)
     axis.set_axis_off()
     count = f"{len(worst)} of {len(wrong):,} mistakes" if len(worst) < len(wrong) else f"All {len(wrong)} mistakes"
     caption = f"{count}, the most confident first: label → prediction, and the probability that the network gave it."
@@ -211,13 +216,16 @@ def _plot_attempts(panels: Any, record: Record) -> None:
     panels[1].set(ylabel="world size", yticks=sizes, ylim=(0, sizes[-1] + 1))
 
 
-def _test_images(data: DataConfig, result: Evaluation) -> ImageSet:
-    """The test images of a result.
+def _test_images(record: Record, result: Evaluation, rows: np.ndarray) -> Batch:
+    """The test images of some rows of a result.
 
     Raises:
         UserError: the data set is not available, or is another one here.
     """
-    test = load_splits(dataclasses.replace(data, validation=0), seed=0).test
-    if result.index.max() >= len(test) or not np.array_equal(test.labels.numpy()[result.index], result.label):
-        raise UserError(f"the {data.name} in {data.root} is not what this run was tested on")
-    return test
+    data = record.data
+    test = load_splits(dataclasses.replace(data, validation=0), seed=record.config.get("seed", 0)).test
+    if result.index.max() < len(test):
+        images = test.read(torch.from_numpy(result.index[rows]))
+        if np.array_equal(images.labels.numpy(), result.label[rows]):
+            return images
+    raise UserError(f"the {record.info.name} in {data.root} is not what this run was tested on")

@@ -13,10 +13,10 @@ import numpy as np
 import yaml
 
 from digitdist.config import DataConfig, read_config
-from digitdist.data import DATA_SETS
+from digitdist.data import DATA_SETS, DataSetInfo, known_info
 from digitdist.errors import in_one_line
 from digitdist.evaluate import Evaluation, load_predictions
-from digitdist.runs import ENVIRONMENT, METRICS, PREDICTIONS, RESULT, read_attempts, read_metrics
+from digitdist.runs import DATA_SET, ENVIRONMENT, METRICS, PREDICTIONS, RESULT, read_attempts, read_metrics
 
 T = TypeVar("T")
 
@@ -31,6 +31,7 @@ class Record:
     folder: Path
     config: dict[str, Any]
     data: DataConfig
+    info: DataSetInfo
     attempts: list[dict[str, Any]]
     events: list[dict[str, float]]
     result: dict[str, Any] | None
@@ -43,7 +44,7 @@ class Record:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        return DATA_SETS[self.data.name].classes
+        return self.info.classes
 
     @property
     def last_step(self) -> int:
@@ -89,12 +90,16 @@ def read_record(folder: Path) -> Record:
     attempts: list[dict[str, Any]] = read(ENVIRONMENT, _read_attempts, [])
     events: list[dict[str, float]] = read(METRICS, _read_events, [])
     result = read(RESULT, _read_result, None)
-    predictions = read(PREDICTIONS, load_predictions, None)
+    info: DataSetInfo | None = read(DATA_SET, lambda file: DataSetInfo.from_json(file.read_text()), known_info(config.data))
+    if info is None:
+        info = DATA_SETS["mnist"]
+        notes.append(f"There is no {DATA_SET}: classes are numbered.")
+    predictions = read(PREDICTIONS, lambda file: load_predictions(file, info.num_classes), None)
     if predictions and result and (predictions.correct, predictions.total) != (result["test_correct"], result["test_total"]):
         notes.append(f"{PREDICTIONS} has {predictions.correct:,}/{predictions.total:,} correct, {RESULT} says otherwise.")
     if predictions and not result:
         notes.append(f"There is no {RESULT} beside {PREDICTIONS}, which may be of an earlier end of this run.")
-    return Record(folder, flat, config.data, attempts, events, result, predictions, notes)
+    return Record(folder, flat, config.data, info, attempts, events, result, predictions, notes)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

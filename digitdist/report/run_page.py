@@ -53,7 +53,7 @@ def _result(record: Record) -> dict[str, Any] | None:
         return None
     where = f"world size {result['world_size']}, {result['device']}, {result['precision']}"
     facts = {
-        "correct": f"{result['test_correct']:,} of {result['test_total']:,} {record.data.name} test images",
+        "correct": f"{result['test_correct']:,} of {result['test_total']:,} {record.info.name} test images",
         "test loss": f"{result['test_loss']:.4f}",
         "trained": f"{result['steps']:,} steps, {result['epochs']:.4g} epochs, last on {where}",
         "training time": f"{result['train_seconds']:.1f} s, {rate(result)} images/s",

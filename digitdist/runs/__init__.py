@@ -4,8 +4,8 @@ A new metric needs nothing here: whatever a training logs is recorded.
 """
 
 from digitdist.runs.attempts import read_attempts, record_end
-from digitdist.runs.finding import StoredRun, find_run, load_run
-from digitdist.runs.folder import ENVIRONMENT, PREDICTIONS, RESULT, Run
+from digitdist.runs.finding import StoredRun, find_run, load_run, read_info
+from digitdist.runs.folder import DATA_SET, ENVIRONMENT, PREDICTIONS, RESULT, Run
 from digitdist.runs.metrics import METRICS, read_metrics
 from digitdist.runs.moving import fetch_run
 from digitdist.runs.opening import open_run
@@ -15,6 +15,7 @@ from digitdist.runs.wandb_server import has_wandb_key
 from digitdist.runs.wandb_sync import sync_wandb
 
 __all__ = [
+    "DATA_SET",
     "ENVIRONMENT",
     "METRICS",
     "PREDICTIONS",
@@ -31,6 +32,7 @@ __all__ = [
     "load_run",
     "open_run",
     "read_attempts",
+    "read_info",
     "read_metrics",
     "record_end",
     "start_tracker",

@@ -11,17 +11,32 @@ from pathlib import Path
 from torch import nn
 
 from digitdist.checkpoint import Checkpoint, DamagedCheckpoint, folder_name, folders, newest_good, read
-from digitdist.config import Config, load_config
+from digitdist.config import Config, DataConfig, load_config
+from digitdist.data import DataSetInfo, known_info
 from digitdist.errors import UserError, in_one_line
 from digitdist.models import build_model
+from digitdist.runs.folder import DATA_SET
 
 
 @dataclass(frozen=True)
 class StoredRun:
-    """A run on disk: its folder and its configuration."""
+    """A run on disk: its folder, its configuration and the form of the data set that it was trained on."""
 
     folder: Path
     config: Config
+    info: DataSetInfo
+
+    def check_form(self, info: DataSetInfo) -> None:
+        """Refuses images that the run's network does not take.
+
+        Raises:
+            UserError: they have another shape, or other classes.
+        """
+        if (info.image_shape, info.num_classes) != (self.info.image_shape, self.info.num_classes):
+            raise UserError(
+                f"{info.name} has {info.num_classes} classes and images of shape {info.image_shape}, the run's"
+                f" {self.info.name} {self.info.num_classes} and {self.info.image_shape}; give the run's own data set"
+            )
 
     def checkpoint(self, which: str) -> Checkpoint:
         """The checkpoint `which`: ``last`` (the newest good one), ``best`` by validation accuracy, or a step.
@@ -52,7 +67,7 @@ class StoredRun:
         Raises:
             UserError: the network cannot be built, or the weights do not fit it.
         """
-        model = build_model(self.config.model, self.config.seed)
+        model = build_model(self.config.model, self.config.seed, self.info)
         try:
             model.load_state_dict(stored.tensors.get("ema") or stored.tensors["model"])
         except RuntimeError as error:
@@ -82,4 +97,22 @@ def load_run(name: str, overrides: Sequence[str]) -> StoredRun:
     """
     folder = find_run(name, load_config((), [o for o in overrides if o.startswith("run.dir=")]).run.dir)
     own = ["checkpoint.resume=auto", f"run.dir={folder.parent}"]
-    return StoredRun(folder, load_config([str(folder / "config.yaml")], [*own, *overrides]))
+    config = load_config([str(folder / "config.yaml")], [*own, *overrides])
+    return StoredRun(folder, config, read_info(folder, config.data))
+
+
+def read_info(folder: Path, data: DataConfig) -> DataSetInfo:
+    """The form of the data set that the run in `folder` was trained on.
+
+    Raises:
+        UserError: its file is damaged, or missing and not that of a data set with a name.
+    """
+    try:
+        return DataSetInfo.from_json((folder / DATA_SET).read_text())
+    except FileNotFoundError:
+        info = known_info(data)  # runs of version 0.1 have no such file
+        if info is None:
+            raise UserError(f"{folder / DATA_SET} is missing; train the run again") from None
+        return info
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{folder / DATA_SET} is damaged ({in_one_line(error)}); train the run again") from None

@@ -12,7 +12,7 @@ from filelock import FileLock
 
 from digitdist.checkpoint import Checkpoint
 
-RESULT, PREDICTIONS, ENVIRONMENT = "result.json", "predictions.npz", "environment.json"
+RESULT, PREDICTIONS, ENVIRONMENT, DATA_SET = "result.json", "predictions.npz", "environment.json", "data_set.json"
 
 
 @dataclass

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from digitdist.checkpoint import Checkpoint, DamagedCheckpoint, newest_good, read
+from digitdist.checkpoint import Checkpoint, DamagedCheckpoint, atomic_write, newest_good, read
 from digitdist.config import Config, as_dict, result_changes, save_config
+from digitdist.data import Splits
 from digitdist.distributed import Plan
 from digitdist.errors import UserError
 from digitdist.runs.attempts import (
@@ -23,14 +24,14 @@ from digitdist.runs.attempts import (
     take_in_heartbeats,
     write_attempts,
 )
-from digitdist.runs.folder import ENVIRONMENT, PREDICTIONS, RESULT, Run
+from digitdist.runs.folder import DATA_SET, ENVIRONMENT, PREDICTIONS, RESULT, Run
 from digitdist.runs.metrics import METRICS, truncate_metrics
 from digitdist.world import print_main
 
-RUN_FILES = (METRICS, RESULT, PREDICTIONS, ENVIRONMENT, "trace.json")
+RUN_FILES = (METRICS, RESULT, PREDICTIONS, ENVIRONMENT, DATA_SET, "trace.json")
 
 
-def open_run(config: Config, plan: Plan, last_step: int, launchers: list[float]) -> Run:
+def open_run(config: Config, plan: Plan, splits: Splits, last_step: int, launchers: list[float]) -> Run:
     """Opens the run's folder on the main rank: locks it, finds what to resume, truncates the metrics to it.
 
     `launchers` are the start times of the launchers of all ranks, by which restarted workers find their run.
@@ -46,7 +47,7 @@ def open_run(config: Config, plan: Plan, last_step: int, launchers: list[float])
         _clear(folder)
     run.stored = _find_checkpoint(run, config.checkpoint.resume)
     if run.stored:
-        _check_unchanged(config, plan, run.stored)
+        _check_unchanged(config, plan, splits, run.stored)
         run.finished = run.stored.step >= last_step and (folder / RESULT).is_file()
         if run.finished:
             return run
@@ -55,6 +56,7 @@ def open_run(config: Config, plan: Plan, last_step: int, launchers: list[float])
     _begin_attempt(run, plan, launchers)
     config.run.name = folder.name
     save_config(config, folder / "config.yaml")
+    atomic_write(folder / DATA_SET, splits.info.to_json().encode() + b"\n")
     return run
 
 
@@ -109,11 +111,13 @@ def _find_checkpoint(run: Run, resume: str) -> Checkpoint | None:
         raise UserError(f"checkpoint.resume={path}: {damage}; give auto, never or a good checkpoint's folder") from None
 
 
-def _check_unchanged(config: Config, plan: Plan, stored: Checkpoint) -> None:
-    """Refuses to resume with a configuration that gives another result than the one the run began with."""
+def _check_unchanged(config: Config, plan: Plan, splits: Splits, stored: Checkpoint) -> None:
+    """Refuses to resume with a configuration or images that give another result than the one the run began with."""
     differences = result_changes(stored.state["config"], as_dict(config))
     if stored.state["precision"] != plan.precision:
         differences.append(f"effective train.precision was {stored.state['precision']} and is now {plan.precision}")
+    if stored.state.get("data_sha256", splits.sha256) != splits.sha256:  # runs of version 0.1 have none
+        differences.append(f"the images of {splits.info.name} are not those that the run began with")
     if differences and not config.checkpoint.allow_change:
         advice = "set it back, give another run.name, or set checkpoint.allow_change=true"
         raise UserError(*(f"{stored.folder}: {difference}; {advice}" for difference in differences))

@@ -24,7 +24,7 @@ def confusion_chart(counts: np.ndarray, classes: Sequence[str]) -> Media:
 
 
 def image_table(images: np.ndarray, columns: Mapping[str, Sequence[Any]]) -> Media:
-    """A table of `images`, uint8 [n, 28, 28], with further columns of n values each."""
+    """A table of `images`, uint8 [n, h, w] or [n, h, w, 3], with further columns of n values each."""
     rows = list(zip(*columns.values(), strict=True))
     return lambda wandb: wandb.Table(
         columns=["image", *columns], data=[[wandb.Image(image), *row] for image, row in zip(images, rows, strict=True)]

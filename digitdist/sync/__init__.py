@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from digitdist.config import Config
-from digitdist.data import LossHistory, NullLossHistory
+from digitdist.data import DataSetInfo, LossHistory, NullLossHistory
 from digitdist.sync.ddp import Ddp
 from digitdist.sync.exact import Exact
 from digitdist.sync.local import Local
@@ -21,10 +21,15 @@ STRATEGIES: dict[str, Build] = {"ddp": Ddp, "exact": Exact, "local": Local}
 
 
 def build_strategy(
-    config: Config, accelerator: Accelerator, model: nn.Module, loss_history: LossHistory | NullLossHistory, phase: Phase
+    config: Config,
+    accelerator: Accelerator,
+    model: nn.Module,
+    info: DataSetInfo,
+    loss_history: LossHistory | NullLossHistory,
+    phase: Phase,
 ) -> Strategy:
     """The configured strategy for `model`, which is on the accelerator's device. Collective: every rank must call it."""
-    loss = TrainingLoss(model, config, loss_history).to(accelerator.device)
+    loss = TrainingLoss(model, config, info, loss_history).to(accelerator.device)
     return STRATEGIES[config.sync.mode](accelerator, loss, phase, config)
 
 

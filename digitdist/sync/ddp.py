@@ -84,7 +84,7 @@ class Ddp(SynchronousStrategy):
         """
         device = self.accelerator.device
         nothing = torch.zeros(0, dtype=torch.int64, device=device)
-        empty = MicroBatch(0, torch.zeros(0, 1, 28, 28, device=device), nothing, nothing)
+        empty = MicroBatch(0, torch.zeros(0, *self.loss.info.image_shape, device=device), nothing, nothing)
         for _ in range(2):
             module(empty, 0, 1.0, 0.0).backward()
             module.zero_grad()

@@ -10,11 +10,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from digitdist.config import Config
-from digitdist.data import DATA_SETS, Batch, LossHistory, NullLossHistory, Sharding, augment, derive_seed, normalise
+from digitdist.data import (
+    Batch,
+    DataSetInfo,
+    LossHistory,
+    NullLossHistory,
+    Sharding,
+    augment,
+    black,
+    derive_seed,
+    normalise,
+)
 
 
 class MicroBatch(NamedTuple):
-    """Its number within the global batch, `pixels` float32 [n, 1, 28, 28], `labels` and `indices` int64 [n]; n may be 0."""
+    """Its number within the global batch, `pixels` float32 [n, c, h, w], `labels` and `indices` int64 [n]; n may be 0."""
 
     number: int
     pixels: Tensor
@@ -29,11 +39,11 @@ class TrainingLoss(nn.Module):
     and so carries numbers along in the gradients' all-reduce.
     """
 
-    def __init__(self, model: nn.Module, config: Config, loss_history: LossHistory | NullLossHistory):
+    def __init__(self, model: nn.Module, config: Config, info: DataSetInfo, loss_history: LossHistory | NullLossHistory):
         super().__init__()
         self.model, self.loss_history = model, loss_history
-        self.info, self.augment = DATA_SETS[config.data.name], config.augment
-        self.background = -self.info.mean / self.info.std
+        self.info, self.augment = info, config.augment
+        self.background = black(info)
         self.label_smoothing, self.seed = config.train.label_smoothing, config.seed
         self.signal = nn.Parameter(torch.zeros(2))
 

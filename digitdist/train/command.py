@@ -61,7 +61,7 @@ def train(setup: Setup) -> None:
     accelerator = start_accelerator(config, plan)
     launchers = sorted({time for time in gather_object([launcher_start_time()]) if time})
     fetch_run(config, plan, launchers)
-    run = run_on_main(accelerator, lambda: open_run(config, plan, setup.last_step, launchers))
+    run = run_on_main(accelerator, lambda: open_run(config, plan, setup.splits, setup.last_step, launchers))
     if run.finished and run.stored:
         step = run.stored.step
         print_main(f"{run.folder} is finished, at step {step:,}; raise train.epochs or train.max_steps to train on")

@@ -36,7 +36,7 @@ def first_lines(setup: Setup, run: Run) -> str:
         f"precision  {plan.precision}, sync {config.sync.mode}, threads {plan.threads} a process",
         f"batch      {order.batch_size:,} global = {share} per rank × {world.size} rank{'s' if world.size > 1 else ''}"
         f" × {accumulate} accumulated",
-        f"data       {config.data.name}: {len(splits.train):,} images to train{held_out}, {len(splits.test):,} to test",
+        f"data       {splits.info.name}: {len(splits.train):,} images to train{held_out}, {len(splits.test):,} to test",
         f"steps      {setup.last_step:,}, {order.steps_per_epoch:,} an epoch{focus}",
         f"run        {run.folder}{holder} {state}",
     ]

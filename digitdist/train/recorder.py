@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from digitdist.checkpoint import atomic_write, folder_name, weights_sha256
-from digitdist.data import DATA_SETS, ImageSet
+from digitdist.data import AnySet, displayable
 from digitdist.evaluate import Evaluation, save_predictions
 from digitdist.optim import norm
 from digitdist.runs import PREDICTIONS, RESULT, Media, Run, confusion_chart, image_table, record_end, start_tracker
@@ -32,7 +32,8 @@ class Recorder:
         self.config, self.plan, self.order = setup.config, setup.plan, setup.order
         self.run, self.state = run, state
         self.is_main = accelerator.is_main_process
-        self.classes = DATA_SETS[self.config.data.name].classes
+        self.classes = setup.splits.info.classes
+        self.data_set = setup.splits.info.name
         self.gradient_norm = math.nan  # of the last step with a line in the log
         self.logged = (self.order.images_seen(state.step), state.train_seconds)  # images and seconds at the last line
         total_steps = self.order.total_steps(self.config.train.epochs)
@@ -88,7 +89,7 @@ class Recorder:
             record_end(self.run.folder, stopped=True)
             self.tracker.finish({})
 
-    def finish(self, result: Evaluation, test: ImageSet, memory: list[dict[str, float | None]]) -> None:
+    def finish(self, result: Evaluation, test: AnySet, memory: list[dict[str, float | None]]) -> None:
         """Writes predictions and result, and shows them; `memory` is the peak memory of each rank."""
         self.display.close()
         self.profiler.stop()
@@ -98,7 +99,7 @@ class Recorder:
         save_predictions(result, self.run.folder / PREDICTIONS)
         atomic_write(self.run.folder / RESULT, json.dumps(record, indent=1).encode() + b"\n")
         images, seconds = self.order.images_seen(self.state.step), self.state.train_seconds
-        self.display.print(f"\n{self.config.data.name} test: {result}")
+        self.display.print(f"\n{self.data_set} test: {result}")
         if seconds:
             self.display.print(f"trained {images:,} images in {seconds:.1f} s, {images / seconds:,.0f} images/s")
         self.display.print(f"files in {self.run.folder}; next: python -m digitdist.evaluate {self.run.folder}")
@@ -131,8 +132,8 @@ class Recorder:
         return self.run.checkpoints / folder_name(self.state.step) / f"{name}.safetensors"
 
 
-def _worst_mistakes(result: Evaluation, test: ImageSet) -> Media:
+def _worst_mistakes(result: Evaluation, test: AnySet) -> Media:
     rows = result.worst_mistakes(WORST_MISTAKES)
     names = ("index", "label", "prediction", "probability", "loss")
-    images = test.images[torch.from_numpy(result.index[rows]).to(test.images.device)]
-    return image_table(images.cpu().numpy(), {name: getattr(result, name)[rows].tolist() for name in names})
+    images = test.read(torch.from_numpy(result.index[rows])).images.cpu()
+    return image_table(displayable(images), {name: getattr(result, name)[rows].tolist() for name in names})

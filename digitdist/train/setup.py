@@ -14,7 +14,7 @@ from torch import nn
 
 import digitdist
 from digitdist.config import Config, as_dict, nearest_folder, read_config
-from digitdist.data import Order, Splits, load_splits
+from digitdist.data import Order, Splits, known_info, load_splits
 from digitdist.distributed import Plan, make_plan
 from digitdist.errors import UserError
 from digitdist.models import build_model
@@ -49,7 +49,7 @@ class Setup:
             "torch": f"version {torch.__version__}",
             "device": self.plan.device_type,
             "effective train.precision": self.plan.precision,
-            "data": f"of SHA-256 {self.splits.sha256()[:12]}",
+            "data": f"{self.splits.info.name} of SHA-256 {self.splits.sha256[:12]}",
             "model": ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in self.model.state_dict().items()),
         }
 
@@ -73,14 +73,16 @@ def prepare(files: Sequence[str], overrides: Sequence[str]) -> Setup:
         plan = make_plan(config)
     except UserError as error:
         mistakes += error.mistakes
+    info = known_info(config.data)
     try:
-        model = build_model(config.model, config.seed)
+        model = build_model(config.model, config.seed, info) if info else None
     except UserError as error:
         mistakes += error.mistakes
     if config.tracking.wandb == "online" and not has_wandb_key():
         mistakes.append("tracking.wandb=online needs a key: run wandb login, or set tracking.wandb=offline")
     if is_main() and not os.access(nearest_folder(Path(config.run.dir)), os.W_OK | os.X_OK):
         mistakes.append(f"run.dir={config.run.dir}: no permission to write there; give a folder that you own")
-    if mistakes or plan is None or model is None:
+    if mistakes or plan is None:
         raise UserError(*mistakes)
-    return Setup(config, plan, load_splits(config.data, config.seed), model)
+    splits = load_splits(config.data, config.seed)
+    return Setup(config, plan, splits, model or build_model(config.model, config.seed, splits.info))

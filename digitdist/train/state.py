@@ -11,7 +11,7 @@ from torch import nn
 
 from digitdist.checkpoint import Checkpoint
 from digitdist.config import as_dict
-from digitdist.data import ImageSet, LossHistory, NullLossHistory
+from digitdist.data import AnySet, LossHistory, NullLossHistory
 from digitdist.distributed import Heartbeat, PhaseTimer
 from digitdist.errors import Fault
 from digitdist.optim import build_optimizer, load_state_tensors, state_tensors
@@ -71,7 +71,7 @@ class TrainingState:
         self.step, self.earlier_seconds, self.best = stored.step, stored.state["train_seconds"], stored.state["best"]
 
 
-def build_state(setup: Setup, accelerator: Accelerator, images: ImageSet, heartbeat: Heartbeat) -> TrainingState:
+def build_state(setup: Setup, accelerator: Accelerator, images: AnySet, heartbeat: Heartbeat) -> TrainingState:
     """The network with all that is trained along with it, on the device, as Accelerate prepares them.
 
     `images` are the training images on the device. Collective: every rank must call it.
@@ -83,9 +83,10 @@ def build_state(setup: Setup, accelerator: Accelerator, images: ImageSet, heartb
     if config.train.compile != "none":
         model.compile(mode=config.train.compile)  # in place, so the weights keep their names
     loss_history = LossHistory(images) if config.data.focus > 1 else NullLossHistory()
-    strategy = build_strategy(config, accelerator, model, loss_history, heartbeat.phase)
+    strategy = build_strategy(config, accelerator, model, setup.splits.info, loss_history, heartbeat.phase)
     prepared = accelerator.prepare_optimizer(optimizer, device_placement=False)
     # Without a scaler the prepared optimizer only passes calls on, for 0.17 ms a step: 2 % with the default network.
     optimizer = prepared if accelerator.scaler else optimizer
     attempt = {"precision": setup.plan.precision, "world_size": accelerator.num_processes, "config": as_dict(config)}
+    attempt["data_sha256"] = setup.splits.sha256
     return TrainingState(model, optimizer, average, strategy, loss_history, accelerator.scaler, heartbeat.timer, attempt)

@@ -9,7 +9,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from digitdist.checkpoint import DamagedCheckpoint, folder_name, write
-from digitdist.data import DATA_SETS, Batch, TrainingSampler, prepare_loader
+from digitdist.data import Batch, TrainingSampler, prepare_loader
 from digitdist.distributed import Heartbeat, StopRequest, check_equal, peak_memory_mb, run_on_main
 from digitdist.errors import Fault, Stopped
 from digitdist.evaluate import Evaluation, chunked_loader, evaluate
@@ -33,7 +33,7 @@ class Trainer:
         self.reads_every_step = device.type == "cpu"  # elsewhere the host would have to wait for the device
         self.order, self.last_step = setup.order, setup.last_step
         self.cadence = Cadence.of_config(config, self.order, self.last_step)
-        self.splits, self.info = setup.splits.to(device), DATA_SETS[config.data.name]
+        self.splits = setup.splits.to(device)
 
         self.state = build_state(setup, accelerator, self.splits.train, heartbeat)
         self.strategy, self.average = self.state.strategy, self.state.average
@@ -42,7 +42,7 @@ class Trainer:
         self.synced_step = self.step
         self.result: Evaluation | None = None  # of the last evaluation on the test images
 
-        self.sampler = TrainingSampler(self.order, self.strategy.shardings, device)
+        self.sampler = TrainingSampler(self.order, self.strategy.shardings, self.splits.train.indices.device)
         self.loader = prepare_loader(accelerator, self.splits.train, self.sampler)
         evaluated = {"validation": self.splits.validation, "test": self.splits.test}
         self.eval_loaders = {name: chunked_loader(accelerator, images, config) for name, images in evaluated.items()}
@@ -172,7 +172,7 @@ class Trainer:
 
     def _evaluate(self, split: str) -> Evaluation:
         self.strategy.broadcast_buffers(self.average.networks)
-        return evaluate(self.accelerator, self.average.eval_model, self.eval_loaders[split], self.info)
+        return evaluate(self.accelerator, self.average.eval_model, self.eval_loaders[split], self.splits.info)
 
     def save(self, last: bool) -> None:
         """Writes a checkpoint, by the main rank. Collective: every rank must call it.

@@ -15,13 +15,15 @@ from accelerate import Accelerator
 
 from digitdist.checkpoint import weights_sha256
 from digitdist.config import load_config
-from digitdist.data import NullLossHistory, Order, Share, Splits, load_splits
+from digitdist.data import DATA_SETS, NullLossHistory, Order, Share, Splits, load_splits
 from digitdist.data.randomness import permutation
 from digitdist.distributed import check_equal, make_plan, run_command, start_accelerator
 from digitdist.errors import Fault
 from digitdist.models import build_model
 from digitdist.sync import build_strategy
 from digitdist.sync.tree import Tree
+
+MNIST = DATA_SETS["mnist"]
 
 Case = tuple[int, int, int, int, str, int]  # images, batch size, shards, accumulate, network, seed
 
@@ -31,8 +33,8 @@ def hash_of_steps(accelerator: Accelerator, splits: Splits, case: Case) -> str:
     num_images, batch_size, shards, accumulate, name, seed = case
     options = [f"sync.shards={shards}", f"train.accumulate={accumulate}", f"model.name={name}", f"seed={seed}"]
     config = load_config((), ["sync.mode=exact", "augment.rotate=10", "augment.shift=1.5", *options])
-    model = build_model(config.model, config.seed)
-    strategy = build_strategy(config, accelerator, model, NullLossHistory(), lambda *_: None)
+    model = build_model(config.model, config.seed, MNIST)
+    strategy = build_strategy(config, accelerator, model, MNIST, NullLossHistory(), lambda *_: None)
     order, few = Order(num_images, batch_size, seed), splits.train.subset(torch.arange(num_images))
     found: dict[str, torch.Tensor] = {}
     for step in range(max(0, order.steps_per_epoch - 2), order.steps_per_epoch + 1):

@@ -14,6 +14,8 @@ from digitdist.models import build_model
 from digitdist.sync import StepStats, Strategy, build_strategy
 from helpers import transfers
 
+MNIST = DATA_SETS["mnist"]
+
 
 def without_dropout(model: torch.nn.Module) -> torch.nn.Module:
     for module in model.modules():
@@ -24,7 +26,7 @@ def without_dropout(model: torch.nn.Module) -> torch.nn.Module:
 
 def reference_gradient(batch: Batch, name: str = "cnn") -> list[torch.Tensor]:
     """The gradient of the mean loss over a whole global batch, in one go."""
-    model = without_dropout(build_model(load_config((), [f"model.name={name}"]).model, 0))
+    model = without_dropout(build_model(load_config((), [f"model.name={name}"]).model, 0, MNIST))
     pixels = normalise(batch[0], DATA_SETS["mnist"])
     torch.nn.functional.cross_entropy(model(pixels), batch[1]).backward()
     return [parameter.grad for parameter in model.parameters()]
@@ -38,8 +40,8 @@ def share(splits: Splits, places: torch.Tensor, strategy: Strategy) -> Batch:
 def check_against_reference(accelerator: Accelerator, splits: Splits, mode: str, batch: int, accumulate: int, shards: int):
     """Asserts that a step's gradient is that of the mean loss over the global batch. Collective."""
     config = load_config((), [f"sync.mode={mode}", f"sync.shards={shards}", f"train.accumulate={accumulate}"])
-    model = without_dropout(build_model(config.model, 0))
-    strategy = build_strategy(config, accelerator, model, NullLossHistory(), lambda *_: None)
+    model = without_dropout(build_model(config.model, 0, MNIST))
+    strategy = build_strategy(config, accelerator, model, MNIST, NullLossHistory(), lambda *_: None)
     places = torch.arange(7, 7 + batch)
     own = share(splits, places, strategy)
     with transfers.none_allowed():
@@ -58,8 +60,8 @@ def check_rounds(accelerator: Accelerator, splits: Splits) -> None:
     """Asserts that two rounds of three steps end as they do where one process goes through all ranks' steps. Collective."""
     options = ["sync.mode=local", "sync.every=3", "sync.outer_lr=0.7", "sync.outer_momentum=0.9", "model.name=cnn_batchnorm"]
     config, world_size = load_config((), options), accelerator.num_processes
-    model, ours = build_model(config.model, 0), build_model(config.model, 0).train()
-    strategy = build_strategy(config, accelerator, model, NullLossHistory(), lambda *_: None)
+    model, ours = build_model(config.model, 0, MNIST), build_model(config.model, 0, MNIST).train()
+    strategy = build_strategy(config, accelerator, model, MNIST, NullLossHistory(), lambda *_: None)
     inner = torch.optim.SGD(model.parameters(), 0.1)
     momenta = [torch.zeros_like(p) for p in ours.parameters()]
     for first in (0, 3):
@@ -96,9 +98,9 @@ def check_rounds(accelerator: Accelerator, splits: Splits) -> None:
 def check_loss_history(accelerator: Accelerator, splits: Splits) -> None:
     """Asserts that all ranks come to know the losses that each has recorded, also through a checkpoint. Collective."""
     config = load_config((), ["data.focus=2"])
-    model, images = without_dropout(build_model(config.model, 0)), splits.train.subset(torch.arange(100, 160))
+    model, images = without_dropout(build_model(config.model, 0, MNIST)), splits.train.subset(torch.arange(100, 160))
     history = LossHistory(images)
-    strategy = build_strategy(config, accelerator, model, history, lambda *_: None)
+    strategy = build_strategy(config, accelerator, model, MNIST, history, lambda *_: None)
     start, stop = strategy.sharding.share(20)
     own = images.__getitems__(Share(torch.arange(start, stop)))
     strategy.compute_gradients(own, 20, 0, stop=False)

@@ -12,7 +12,7 @@ import pytest
 import digitdist
 
 ROOMS = [  # a room may import only from those above it
-    *("errors", "world", "config", "checkpoint", "distributed", "models", "optim", "data", "runs", "sync", "evaluate"),
+    *("errors", "world", "config", "checkpoint", "distributed", "data", "models", "optim", "runs", "sync", "evaluate"),
     *("predict", "export", "train", "report", "bench", "__main__"),
 ]
 PACKAGE = Path(digitdist.__file__).parent

@@ -6,12 +6,15 @@ from helpers.launching import ROOT
 
 from digitdist import models
 from digitdist.config import ModelConfig, load_config
+from digitdist.data import DATA_SETS
 from digitdist.errors import UserError
 from digitdist.models import build_model
 
+MNIST = DATA_SETS["mnist"]
+
 
 def test_cnn_is_the_published_network():
-    model = build_model(ModelConfig(), seed=0)
+    model = build_model(ModelConfig(), seed=0, info=MNIST)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters() if name.endswith("weight")}
     assert shapes == {
         "conv1.weight": (10, 1, 5, 5),
@@ -23,14 +26,14 @@ def test_cnn_is_the_published_network():
 
 
 def test_it_returns_logits():
-    logits = build_model(ModelConfig(), seed=0).eval()(torch.randn(4, 1, 28, 28))
+    logits = build_model(ModelConfig(), seed=0, info=MNIST).eval()(torch.randn(4, 1, 28, 28))
     assert logits.shape == (4, 10)
     assert not torch.allclose(logits.exp().sum(1), torch.ones(4))
     assert (logits < 0).any()
 
 
 def test_channel_dropout_drops_whole_channels():
-    model = build_model(ModelConfig(), seed=0).train()
+    model = build_model(ModelConfig(), seed=0, info=MNIST).train()
     seen = []
     model.channel_dropout.register_forward_hook(lambda module, inputs, output: seen.append(output))
     model(torch.randn(8, 1, 28, 28))
@@ -40,13 +43,13 @@ def test_channel_dropout_drops_whole_channels():
 
 
 def test_a_convnet_is_as_wide_and_deep_as_its_channels():
-    model = build_model(ModelConfig("convnet", args={"channels": [8, 16, 24, 32], "pools": [2]}), seed=0)
+    model = build_model(ModelConfig("convnet", args={"channels": [8, 16, 24, 32], "pools": [2]}), seed=0, info=MNIST)
     shapes = [tuple(tensor.shape) for tensor in model.parameters() if tensor.dim() > 1]
     assert shapes == [(8, 1, 4, 4), (16, 8, 3, 3), (24, 16, 3, 3), (32, 24, 3, 3), (10, 32 * 3 * 3)]
 
 
 def test_a_convnet_with_an_odd_stem_keeps_the_resolution():
-    model = build_model(ModelConfig("convnet", args={"channels": [8, 16, 24], "pools": [0, 1], "stem": 3}), seed=0)
+    model = build_model(ModelConfig("convnet", args={"channels": [8, 16, 24], "pools": [0, 1], "stem": 3}), seed=0, info=MNIST)
     assert model.layers[0](torch.zeros(1, 1, 24, 24)).shape == (1, 8, 22, 22)
     assert model.linear.in_features == 24 * 3 * 3
 
@@ -54,18 +57,18 @@ def test_a_convnet_with_an_odd_stem_keeps_the_resolution():
 @pytest.mark.parametrize("recipe", ["fast", "sharp", "best"])
 def test_a_recipe_has_a_network_that_can_be_built(recipe: str):
     kind = models.Columns if recipe == "best" else models.ConvNet
-    assert isinstance(build_model(load_config([str(ROOT / f"configs/{recipe}.yaml")]).model, seed=0), kind)
+    assert isinstance(build_model(load_config([str(ROOT / f"configs/{recipe}.yaml")]).model, seed=0, info=MNIST), kind)
 
 
 def test_a_convnet_crops_to_the_middle_of_an_image():
-    model = build_model(ModelConfig("convnet"), seed=0).eval()
+    model = build_model(ModelConfig("convnet"), seed=0, info=MNIST).eval()
     images = torch.randn(2, 1, 28, 28)
     framed = torch.nn.functional.pad(images[:, :, 2:-2, 2:-2], (2, 2, 2, 2), value=5.0)
     assert torch.equal(model(images), model(framed))
 
 
 def test_the_gradient_of_a_convnet_has_the_layout_of_its_activations():
-    model = build_model(ModelConfig("convnet"), seed=0).to(memory_format=torch.channels_last)
+    model = build_model(ModelConfig("convnet"), seed=0, info=MNIST).to(memory_format=torch.channels_last)
     layouts = []
     for layer in model.layers:
         layer.register_full_backward_hook(
@@ -76,7 +79,7 @@ def test_the_gradient_of_a_convnet_has_the_layout_of_its_activations():
 
 
 def columns(count: int) -> models.Columns:
-    return build_model(ModelConfig("columns", args={"columns": count, "channels": [8, 8], "pools": [0]}), seed=0)
+    return build_model(ModelConfig("columns", args={"columns": count, "channels": [8, 8], "pools": [0]}), seed=0, info=MNIST)
 
 
 def test_columns_give_the_mean_of_their_logits():
@@ -102,15 +105,18 @@ def test_every_column_has_a_gradient_from_a_single_image():
 
 @pytest.mark.parametrize("name", models.MODELS)
 def test_initial_weights_depend_on_the_seed_alone(name: str):
-    first = build_model(ModelConfig(name), seed=3).state_dict()
+    first = build_model(ModelConfig(name), seed=3, info=MNIST).state_dict()
     torch.rand(5)
-    again, other = build_model(ModelConfig(name), seed=3).state_dict(), build_model(ModelConfig(name), seed=4).state_dict()
+    again, other = (
+        build_model(ModelConfig(name), seed=3, info=MNIST).state_dict(),
+        build_model(ModelConfig(name), seed=4, info=MNIST).state_dict(),
+    )
     assert all(torch.equal(first[key], again[key]) for key in first)
     assert not all(torch.equal(first[key], other[key]) for key in first)
 
 
 def test_a_users_own_model_is_taken_with_its_arguments():
-    model = build_model(ModelConfig(target="digitdist.models.CnnBatchNorm", args={"width": 4}), seed=0)
+    model = build_model(ModelConfig(target="digitdist.models.CnnBatchNorm", args={"width": 4}), seed=0, info=MNIST)
     assert model.linear.in_features == 16
 
 
@@ -129,4 +135,4 @@ def test_a_users_own_model_is_taken_with_its_arguments():
 )
 def test_a_model_that_does_not_work_is_the_users_mistake(config: ModelConfig, part: str):
     with pytest.raises(UserError, match=part):
-        build_model(config, seed=0)
+        build_model(config, seed=0, info=MNIST)

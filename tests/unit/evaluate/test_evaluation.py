@@ -14,16 +14,20 @@ from digitdist.evaluate import Evaluation, chunked_loader
 from digitdist.evaluate.evaluating import check_each_once
 from digitdist.models import build_model
 
+MNIST = DATA_SETS["mnist"]
+
 
 def made(label: list[int], prediction: list[int]) -> Evaluation:
     count = len(label)
-    return Evaluation(np.arange(count), np.array(label), np.array(prediction), np.full(count, 0.5), np.full(count, 0.25))
+    return Evaluation(
+        np.arange(count), np.array(label), np.array(prediction), np.full(count, 0.5), np.full(count, 0.25), num_classes=10
+    )
 
 
 @pytest.mark.parametrize("size", [1, 7, 384, 1000, 20000])
 def test_each_image_is_predicted_once_for_any_batch_size(accelerator: Accelerator, splits: Splits, size: int):
     config = load_config((), [f"data.eval_batch_size={size}"])
-    model = build_model(config.model, 0)
+    model = build_model(config.model, 0, MNIST)
     images = splits.test.subset(torch.randperm(10000, generator=torch.Generator().manual_seed(1))[:201])
     result = evaluate.evaluate(accelerator, model, chunked_loader(accelerator, images, config), DATA_SETS["mnist"])
     assert result.index.tolist() == sorted(images.indices.tolist())
@@ -65,4 +69,4 @@ def test_a_single_image_is_fine(accelerator: Accelerator):
     config = load_config()
     one_image = ImageSet(torch.zeros(1, 28, 28, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64))
     loader = chunked_loader(accelerator, one_image, config)
-    assert evaluate.evaluate(accelerator, build_model(config.model, 0), loader, DATA_SETS["mnist"]).total == 1
+    assert evaluate.evaluate(accelerator, build_model(config.model, 0, MNIST), loader, DATA_SETS["mnist"]).total == 1

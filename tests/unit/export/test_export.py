@@ -78,7 +78,7 @@ def here(trained: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def few(splits: Splits, monkeypatch: pytest.MonkeyPatch) -> None:
     """A short test set, for what does not hang on its length."""
-    short = Splits(splits.train, splits.validation, splits.test.subset(torch.arange(1010)))
+    short = Splits(splits.train, splits.validation, splits.test.subset(torch.arange(1010)), splits.info)
     monkeypatch.setattr(parity, "load_splits", lambda *_: short)
 
 
@@ -94,7 +94,9 @@ def call(*arguments: object) -> None:
 def made(folder: Path, *overrides: str, ema: bool = False) -> tuple[Path, dict[str, torch.Tensor]]:
     """A run of random weights, without training, and the weights that are evaluated."""
     settings = load_config((), [*overrides, "run.name=m"])
-    tensors = {name: build_model(settings.model, seed).state_dict() for seed, name in enumerate(("model", "ema")[: 1 + ema])}
+    tensors = {
+        name: build_model(settings.model, seed, data.DATA_SETS["mnist"]).state_dict() for seed, name in enumerate(("model", "ema")[: 1 + ema])
+    }
     folder.mkdir()
     config.save_config(settings, folder / "config.yaml")
     checkpoint.write(folder / "checkpoints", Checkpoint(tensors, {"step": 5, "best": None}), keep=1)

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from digitdist import checkpoint
 from digitdist.config import load_config, save_config
-from digitdist.data import DATA_SETS, Splits, normalise
+from digitdist.data import DATA_SETS, Splits, mnist_form, normalise, open_picture
 from digitdist.errors import EXIT_USER_ERROR, UserError
 from digitdist.models import build_model
-from digitdist.predict import mnist_form, open_picture
 from digitdist.predict.__main__ import main, predict
+
+MNIST = DATA_SETS["mnist"]
 
 Array = np.ndarray
 pytestmark = pytest.mark.slow
@@ -37,7 +38,7 @@ def trained(splits: Splits, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     torch.set_num_threads(1)
     config = load_config()
     config.data.root = config.run.dir = "/proc/another/machine"
-    model = build_model(config.model, seed=0)
+    model = build_model(config.model, seed=0, info=MNIST)
     optimizer = torch.optim.Adam(model.parameters(), 0.003)
     for places in torch.randperm(60000, generator=torch.Generator().manual_seed(0)).split(100)[:250]:
         optimizer.zero_grad()

@@ -80,12 +80,14 @@ def predicted(folder: Path, label: list[int], prediction: list[int], first: int 
     """Puts predictions into a run's folder, of the test images from `first` on."""
     index = np.arange(first, first + len(label))
     some = np.linspace(0.3, 0.9, len(label))
-    evaluate.save_predictions(Evaluation(index, np.array(label), np.array(prediction), some, some), folder / "predictions.npz")
+    evaluate.save_predictions(
+        Evaluation(index, np.array(label), np.array(prediction), some, some, num_classes=10), folder / "predictions.npz"
+    )
 
 
 def with_predictions(run: Path, label: list[int], prediction: list[int], probability: list[float]) -> Record:
     columns = np.array(label), np.array(prediction), np.array(probability)
-    made = Evaluation(np.arange(len(label)), *columns, np.full(len(label), np.nan))
+    made = Evaluation(np.arange(len(label)), *columns, np.full(len(label), np.nan), num_classes=10)
     return dataclasses.replace(read_record(run), predictions=made)
 
 

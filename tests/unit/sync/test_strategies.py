@@ -17,6 +17,8 @@ from digitdist.models import build_model
 from digitdist.sync import build_strategy
 from digitdist.sync.tree import Tree
 
+MNIST = DATA_SETS["mnist"]
+
 
 def test_the_losses_that_ranks_record_are_known_to_all(accelerator: Accelerator, splits: Splits):
     check_loss_history(accelerator, splits)
@@ -73,8 +75,8 @@ def test_another_order_of_the_sum_would_show():
 def test_dropout_draws_by_seed_step_and_micro_batch_alone(accelerator: Accelerator, splits: Splits):
     def gradient(seed: int, step: int) -> torch.Tensor:
         config = load_config((), ["sync.mode=exact", f"seed={seed}"])
-        model = build_model(config.model, 0)
-        strategy = build_strategy(config, accelerator, model, NullLossHistory(), lambda *_: None)
+        model = build_model(config.model, 0, MNIST)
+        strategy = build_strategy(config, accelerator, model, MNIST, NullLossHistory(), lambda *_: None)
         torch.rand(step + seed)  # whatever was drawn before does not matter
         strategy.compute_gradients(splits.train.__getitems__(Share(torch.arange(50))), 50, step, stop=False)
         return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
@@ -87,9 +89,9 @@ def test_dropout_draws_by_seed_step_and_micro_batch_alone(accelerator: Accelerat
 
 def test_batchnorm_statistics_are_folded_in_the_order_of_shards(accelerator: Accelerator, splits: Splits):
     config = load_config((), ["sync.mode=exact", "sync.shards=3", "model.name=cnn_batchnorm"])
-    model = build_model(config.model, 0)
-    by_hand = build_model(config.model, 0).train()
-    strategy = build_strategy(config, accelerator, model, NullLossHistory(), lambda *_: None)
+    model = build_model(config.model, 0, MNIST)
+    by_hand = build_model(config.model, 0, MNIST).train()
+    strategy = build_strategy(config, accelerator, model, MNIST, NullLossHistory(), lambda *_: None)
     batch = splits.train.__getitems__(Share(torch.arange(30)))
     strategy.compute_gradients(batch, 30, 0, stop=False)
     with torch.no_grad():

@@ -23,7 +23,7 @@ def test_a_step_in_which_nothing_is_due_brings_nothing_to_the_host(
     monkeypatch.setattr("digitdist.distributed.signals.signal.signal", lambda *_: None)
     setup = prepare([], [f"sync.mode={mode}", "tracking.wandb=disabled", "data.root=data", *extra])
     accelerator = start_accelerator(setup.config, setup.plan)
-    run = open_run(setup.config, setup.plan, 100, [])
+    run = open_run(setup.config, setup.plan, setup.splits, 100, [])
     trainer = Trainer(setup, accelerator, run, Heartbeat(run.heartbeat, setup.plan.world))
     trainer.reads_every_step = False  # as where the device is another one
     batches = trainer.batches()

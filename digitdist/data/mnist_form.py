@@ -8,10 +8,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from digitdist.models import IMAGE_SHAPE
-from digitdist.predict.ink import extent, extract_ink
+from digitdist.data.ink import extent, extract_ink
 
-SIDE = IMAGE_SHAPE[-1]
+SIDE = 28
 BOX = 20  # MNIST's digits fill a box of so many pixels
 EDGE = 0.25  # ink at which the box of the digit ends; artefacts around the ink are weaker
 PEN_WIDTHS = (1.5, 5.0)  # thinnest and thickest mean stroke, in pixels of the box: about MNIST's own range

@@ -1,0 +1,56 @@
+"""Decoded images on disk, by what they were made from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+from filelock import FileLock
+from torch import Tensor
+
+from digitdist.checkpoint import Tensors, atomic_write, weights_sha256
+from digitdist.world import print_main
+
+VERSION = 1  # of how pictures are brought to their form: a new one makes all caches anew
+
+
+def cache_folder() -> Path:
+    """Where decoded images are kept: ``digitdist`` in XDG_CACHE_HOME or ``~/.cache``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "digitdist"
+
+
+def cached(name: str, key: str, make: Callable[[], Tensors]) -> Tensors:
+    """What `make` gives, made once for all processes of a host: kept under `name` as long as `key` is the same.
+
+    `key` is a hash of all that the tensors are made from. Where the cache cannot be written, they are made in each process.
+    """
+    file = cache_folder() / f"{name}.safetensors"
+    label = f"{VERSION} {key}"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(file.with_suffix(".lock")):
+            kept = _read(file, label)
+            if kept is not None:
+                return kept
+            made = make()
+            atomic_write(file, safetensors.torch.save(made, {"key": label, "sha256": weights_sha256(made)}))
+            return made
+    except OSError as error:
+        print_main(f"decoded images cannot be kept in {file.parent} ({error.strerror}), and are made anew each time")
+        return make()
+
+
+def _read(file: Path, label: str) -> dict[str, Tensor] | None:
+    """The tensors of `file`, or None where it is missing, made from something else, or damaged."""
+    try:
+        with safetensors.safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            if metadata.get("key") != label:
+                return None
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except (FileNotFoundError, safetensors.SafetensorError):
+        return None
+    return tensors if weights_sha256(tensors) == metadata.get("sha256") else None

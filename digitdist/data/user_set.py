@@ -1,0 +1,79 @@
+"""A user's own map-style data set, in torchvision's convention."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from digitdist.config import DataConfig
+from digitdist.data.forms import to_image
+from digitdist.data.randomness import derive_seed, seed_host
+from digitdist.errors import UserError, in_one_line
+
+
+class UserItems:
+    """Reads items of a user's data set; what it draws while it reads one follows from (seed, split, epoch, index)."""
+
+    def __init__(self, data_set: Any, seed: int, split: str):
+        self.data_set, self.seed, self.split = data_set, seed, split
+
+    def __len__(self) -> int:
+        return len(self.data_set)
+
+    def __call__(self, index: int, epoch: int) -> tuple[Tensor, int]:
+        """The image, uint8 [h, w] or [3, h, w], and the label at `index`.
+
+        Raises:
+            ValueError: it is no image with a label.
+        """
+        seed_host(derive_seed("item", self.seed, self.split, epoch, index))
+        item = self.data_set[index]
+        if not isinstance(item, tuple | list) or len(item) != 2:
+            raise ValueError(f"an item that is a {type(item).__name__} is not allowed; give (image, label)")
+        return to_image(item[0]), int(item[1])
+
+
+def open_user_set(config: DataConfig, seed: int, split: str) -> UserItems:
+    """The ``train`` or ``test`` split of the class that `data.target` names.
+
+    Its constructor gets ``train=True/False`` or ``split="train"/"test"``, whichever it takes, ``root`` if it takes that, and
+    `data.args`.
+
+    Raises:
+        UserError: the class cannot be imported or made, or is not a map-style data set with items in it.
+    """
+    kind = _import(str(config.target))
+    try:
+        parameters: Any = inspect.signature(kind).parameters
+    except (TypeError, ValueError):  # not every callable tells
+        parameters = {}
+    options: dict[str, Any] = {"root": config.root} if "root" in parameters else {}
+    if "train" in parameters or "split" in parameters:
+        options |= {"train": split == "train"} if "train" in parameters else {"split": split}
+    else:
+        raise UserError(f"data.target={config.target} takes neither train=True/False nor split='train'/'test'; add one of them")
+    try:
+        data_set = kind(**options | config.args)
+        items = UserItems(data_set, seed, split)
+        count = len(items)
+    except Exception as error:  # a user's class may raise anything
+        raise UserError(
+            f"data.target={config.target} with data.args={dict(config.args)} does not work: {in_one_line(error)}"
+        ) from error
+    if not count:
+        raise UserError(f"data.target={config.target} has no {split} images")
+    return items
+
+
+def _import(target: str) -> Callable[..., Any]:
+    module, _, name = target.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except Exception as error:  # a user's module may raise anything
+        raise UserError(
+            f"data.target={target} cannot be imported ({in_one_line(error)}); give package.module.Class from PYTHONPATH"
+        ) from None
