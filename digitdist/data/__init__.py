@@ -4,6 +4,7 @@ A new data set is an entry of `DATA_SETS` and, where torchvision does not have i
 """
 
 from digitdist.data.datasets import AnySet, Batch, ImageSet, Share, Splits, StreamedSet
+from digitdist.data.forms import picture_form
 from digitdist.data.info import DATA_SETS, DataSetInfo
 from digitdist.data.loaders import TrainingSampler, evaluation_loader, prepare_loader
 from digitdist.data.loading import known_info, load_splits
@@ -11,7 +12,6 @@ from digitdist.data.loss_history import LossHistory, NullLossHistory
 from digitdist.data.mnist_form import mnist_form
 from digitdist.data.order import Order
 from digitdist.data.picture import list_pictures, open_picture, read_picture
-from digitdist.data.forms import picture_form
 from digitdist.data.randomness import derive_seed, seed_host
 from digitdist.data.sharding import Sharding
 from digitdist.data.transforms import augment, black, displayable, normalise

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from digitdist.data.forms import picture_form
 from digitdist.data.info import DataSetInfo
 from digitdist.data.picture import SUFFIXES, open_picture, read_picture
-from digitdist.data.forms import picture_form
 from digitdist.errors import UserError
 
 

@@ -90,15 +90,18 @@ def _load_user_set(config: DataConfig, seed: int) -> tuple[AnySet, AnySet, DataS
     opened = {split: open_user_set(config, seed, split) for split in ("train", "test")}
     shape = _first_shape(config, opened["train"])
     sets: dict[str, AnySet] = {}
+    mistakes: list[str] = []
     for split, items in opened.items():
         in_memory = config.in_memory if config.in_memory is not None else _is_small_and_fixed(items)
         if in_memory:
             try:
                 sets[split] = ImageSet(*read_all(items, len(items), shape, None, _workers(config), split, shown=is_main()))
             except UserError as error:
-                raise UserError(*(f"data.target={config.target}, {split}: {mistake}" for mistake in error.mistakes)) from None
+                mistakes += [f"data.target={config.target}, {split}: {mistake}" for mistake in error.mistakes]
         else:
             sets[split] = StreamedSet(items, torch.arange(len(items)), shape, _workers(config))
+    if mistakes:
+        raise UserError(*mistakes)
     classes = _class_names(config, opened["train"], sets)
     for images in sets.values():
         if isinstance(images, ImageSet) and int(images.labels.max()) >= len(classes):
@@ -117,7 +120,10 @@ def _first_shape(config: DataConfig, items: UserItems) -> tuple[int, ...]:
 
 def _is_small_and_fixed(items: UserItems) -> bool:
     """Whether a split fits into memory and a few of its items are the same in two epochs."""
-    pairs = [(items(index, 0)[0], items(index, 1)[0]) for index in spread(len(items), 8).tolist()]
+    try:
+        pairs = [(items(index, 0)[0], items(index, 1)[0]) for index in spread(len(items), 8).tolist()]
+    except Exception:  # whatever it is, reading all items will name this one with all others
+        return True
     return len(items) * pairs[0][0].numel() <= IN_MEMORY_BYTES and all(torch.equal(*pair) for pair in pairs)
 
 

@@ -95,7 +95,7 @@ def made(folder: Path, *overrides: str, ema: bool = False) -> tuple[Path, dict[s
     """A run of random weights, without training, and the weights that are evaluated."""
     settings = load_config((), [*overrides, "run.name=m"])
     tensors = {
-        name: build_model(settings.model, seed, data.DATA_SETS["mnist"]).state_dict() for seed, name in enumerate(("model", "ema")[: 1 + ema])
+        name: build_model(settings.model, seed, MNIST).state_dict() for seed, name in enumerate(("model", "ema")[: 1 + ema])
     }
     folder.mkdir()
     config.save_config(settings, folder / "config.yaml")

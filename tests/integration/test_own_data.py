@@ -1,0 +1,103 @@
+"""Trainings on users' data, with every command."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+from helpers.data_sets import write_folder
+from helpers.launching import BIN, CLEAN, QUIET, ROOT, python, torchrun
+from helpers.runs import assert_same_run, reached, result, wait_until
+
+from digitdist.data import Splits
+
+EXACT = ("sync.mode=exact", "train.log_every=1", "data.batch_size=32", "checkpoint.every_steps=4")
+TRAIN = ("-m", "digitdist.train", *QUIET, *EXACT)
+JITTERED = ("data.target=helpers.data_sets.Jittered", "model.name=cnn_batchnorm")
+
+
+@pytest.fixture
+def env(tmp_path: Path) -> dict[str, str]:
+    return {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_streamed_class_gives_the_same_weights_for_any_number_of_workers_and_processes(tmp_path: Path, env: dict[str, str]):
+    options = (*TRAIN, *JITTERED, "train.max_steps=9", "data.validation=15")
+    for number, (world_size, workers) in enumerate([(1, 0), (1, 3), (2, 1), (3, 2)]):
+        arguments = (*options, f"run.name={number}", f"data.workers={workers}")
+        done = torchrun(world_size, *arguments, cwd=tmp_path, env=env)
+        assert done.code == 0, done.err
+        assert_same_run(tmp_path / f"runs/{number}", tmp_path / "runs/0")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_killed_run_on_streamed_images_ends_as_the_unbroken_one(tmp_path: Path, env: dict[str, str]):
+    options = (*TRAIN, *JITTERED, "train.max_steps=24", "data.workers=1")
+    assert torchrun(1, *options, "run.name=whole", cwd=tmp_path, env=env).code == 0
+    command = [str(BIN / "torchrun"), "--nproc_per_node", "2", *options, "run.name=broken"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=CLEAN | env, start_new_session=True, stdout=subprocess.DEVNULL)
+    wait_until(lambda: reached(tmp_path / "runs/broken") >= 9)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert torchrun(3, *options, "run.name=broken", cwd=tmp_path, env=env).code == 0
+    assert_same_run(tmp_path / "runs/broken", tmp_path / "runs/whole")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_folder_gives_the_same_weights_in_memory_and_streamed_and_every_command_works(
+    tmp_path: Path, splits: Splits, env: dict[str, str]
+):
+    write_folder(tmp_path / "digits", splits)
+    options = (*TRAIN, "data.name=folder", "data.root=digits", "train.max_steps=8")
+    for name, world_size, memory in (("kept", 1, "null"), ("streamed", 2, "false")):
+        done = torchrun(world_size, *options, f"run.name={name}", f"data.in_memory={memory}", cwd=tmp_path, env=env)
+        assert done.code == 0, done.err
+    assert result(tmp_path / "runs/kept")["weights_sha256"] == result(tmp_path / "runs/streamed")["weights_sha256"]
+    assert json.loads((tmp_path / "runs/kept/data_set.json").read_text())["classes"][3] == "digit 3"
+
+    picture = next((tmp_path / "digits/test/digit 7").glob("*.png"))
+    outputs = {}
+    for command in (
+        ("evaluate", "runs/streamed", "--json"),
+        ("predict", "streamed", str(picture), "--json"),
+        ("report", "kept", "streamed"),
+        ("export", "kept", "--format", "torch"),
+        ("data", "data.name=folder", "data.root=digits", "--plot", "samples.png"),
+        ("checkpoint", "verify", "kept"),
+    ):
+        done = python("-m", f"digitdist.{command[0]}", *command[1:], cwd=tmp_path, env=env)
+        assert done.code == 0, (command, done.err)
+        outputs[command[0]] = done.out
+    assert json.loads(outputs["evaluate"])["correct"] == result(tmp_path / "runs/streamed")["test_correct"]
+    assert json.loads(outputs["predict"])["class"].startswith("digit ")
+    assert "digit 3" in (tmp_path / "runs/kept/report.html").read_text()
+    assert (tmp_path / "samples.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_images_that_have_changed_are_not_trained_on_unnoticed(tmp_path: Path, splits: Splits, env: dict[str, str]):
+    write_folder(tmp_path / "digits", splits)
+    options = (*TRAIN, "data.name=folder", "data.root=digits", "run.name=a")
+    assert python(*options, "train.max_steps=3", cwd=tmp_path, env=env).code == 0
+    next((tmp_path / "digits/train/digit 0").glob("*.png")).unlink()
+    done = python(*options, "train.max_steps=6", cwd=tmp_path, env=env)
+    assert done.code == 2
+    assert "are not those that the run began with" in done.err
+    assert python(*options, "train.max_steps=6", "checkpoint.allow_change=true", cwd=tmp_path, env=env).code == 0
+
+
+def test_a_bad_picture_is_a_mistake_before_there_is_a_run(tmp_path: Path, splits: Splits, env: dict[str, str]):
+    write_folder(tmp_path / "digits", splits, train=20, test=20)
+    (tmp_path / "digits/train/digit 1/bad.png").write_bytes(b"no")
+    done = python("-m", "digitdist.train", *QUIET, "data.name=folder", "data.root=digits", cwd=tmp_path, env=env)
+    assert done.code == 2
+    assert done.errors == ["error: digits/train/digit 1/bad.png: it is not an image of a known format"]
+    assert not (tmp_path / "runs").exists()
