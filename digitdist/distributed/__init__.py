@@ -12,6 +12,7 @@ from digitdist.distributed.phases import PhaseTimer
 from digitdist.distributed.plan import Plan, make_plan
 from digitdist.distributed.preflight import raise_on_all_ranks, run_preflight
 from digitdist.distributed.process import launcher_start_time, run_command
+from digitdist.distributed.restoring import process_restored
 from digitdist.distributed.shortcuts import SHORTCUTS, eager_optimizer
 from digitdist.distributed.signals import StopRequest
 
@@ -34,6 +35,7 @@ __all__ = [
     "make_plan",
     "peak_memory_mb",
     "prepare_module",
+    "process_restored",
     "raise_on_all_ranks",
     "read_beats",
     "run_command",

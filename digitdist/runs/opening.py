@@ -42,6 +42,16 @@ def open_run(config: Config, plan: Plan, last_step: int, launchers: list[float])
     runs = Path(config.run.dir)
     folder = runs / (config.run.name or run_of_launchers(runs, launchers) or _name_from_time(runs))
     run = Run(folder, platform.node(), token=secrets.token_hex(8), lock=_lock(folder))
+    try:
+        _resume_or_begin(run, config, plan, last_step, launchers)
+    except BaseException:
+        run.close()
+        raise
+    return run
+
+
+def _resume_or_begin(run: Run, config: Config, plan: Plan, last_step: int, launchers: list[float]) -> None:
+    folder = run.folder
     if config.checkpoint.resume == "never":
         _clear(folder)
     run.stored = _find_checkpoint(run, config.checkpoint.resume)
@@ -49,13 +59,12 @@ def open_run(config: Config, plan: Plan, last_step: int, launchers: list[float])
         _check_unchanged(config, plan, run.stored)
         run.finished = run.stored.step >= last_step and (folder / RESULT).is_file()
         if run.finished:
-            return run
+            return
         for name in (RESULT, PREDICTIONS):  # of an end that is now passed
             (folder / name).unlink(missing_ok=True)
     _begin_attempt(run, plan, launchers)
     config.run.name = folder.name
     save_config(config, folder / "config.yaml")
-    return run
 
 
 def _begin_attempt(run: Run, plan: Plan, launchers: list[float]) -> None:
@@ -111,9 +120,9 @@ def _find_checkpoint(run: Run, resume: str) -> Checkpoint | None:
 
 def _check_unchanged(config: Config, plan: Plan, stored: Checkpoint) -> None:
     """Refuses to resume with a configuration that gives another result than the one the run began with."""
-    differences = result_changes(stored.state["config"], as_dict(config))
-    if stored.state["precision"] != plan.precision:
-        differences.append(f"effective train.precision was {stored.state['precision']} and is now {plan.precision}")
+    # What alters the result is the effective precision: `auto` may now be another one, or the same be asked for by its name.
+    before = stored.state["config"] | {"train.precision": stored.state["precision"]}
+    differences = result_changes(before, as_dict(config) | {"train.precision": plan.precision})
     if differences and not config.checkpoint.allow_change:
         advice = "set it back, give another run.name, or set checkpoint.allow_change=true"
         raise UserError(*(f"{stored.folder}: {difference}; {advice}" for difference in differences))
