@@ -19,7 +19,7 @@ from digitdist.data.randomness import permutation
 from digitdist.data.reading import read_all
 from digitdist.data.torchvision_sets import read_torchvision
 from digitdist.data.user_set import UserItems, open_user_set
-from digitdist.distributed import num_cores
+from digitdist.distributed import cpu_quota, num_cores
 from digitdist.errors import UserError, in_one_line
 from digitdist.world import is_main, read_world
 
@@ -159,4 +159,6 @@ def _measured(name: str, train: AnySet, classes: tuple[str, ...], image: Any) ->
 
 def _workers(config: DataConfig) -> int:
     """Worker processes of this rank for a data set that is read item by item."""
-    return config.workers if config.workers is not None else min(MAX_WORKERS, max(1, num_cores() // read_world().local_size))
+    if config.workers is not None:
+        return config.workers
+    return min(MAX_WORKERS, max(1, num_cores(cpu_quota()) // read_world().local_size))

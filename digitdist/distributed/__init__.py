@@ -5,13 +5,15 @@ Whatever depends on a launcher, a device, a signal or another rank's fate belong
 
 from digitdist.distributed.accelerator import prepare_module, start_accelerator
 from digitdist.distributed.collectives import check_equal, gather_rows, run_on_main
-from digitdist.distributed.device import device_name, num_cores, peak_memory_mb, to_device
+from digitdist.distributed.cpu_quota import cpu_quota
+from digitdist.distributed.device import describe_instructions, device_name, num_cores, peak_memory_mb, to_device
 from digitdist.distributed.failures import find_failed_rank, is_collective_failure
 from digitdist.distributed.heartbeat import NOTICED, RAISED, Heartbeat, read_beats
 from digitdist.distributed.phases import PhaseTimer
 from digitdist.distributed.plan import Plan, make_plan
 from digitdist.distributed.preflight import raise_on_all_ranks, run_preflight
 from digitdist.distributed.process import launcher_start_time, run_command
+from digitdist.distributed.restoring import process_restored
 from digitdist.distributed.shortcuts import SHORTCUTS, eager_optimizer
 from digitdist.distributed.signals import StopRequest
 
@@ -24,6 +26,8 @@ __all__ = [
     "Plan",
     "StopRequest",
     "check_equal",
+    "cpu_quota",
+    "describe_instructions",
     "device_name",
     "eager_optimizer",
     "find_failed_rank",
@@ -34,6 +38,7 @@ __all__ = [
     "num_cores",
     "peak_memory_mb",
     "prepare_module",
+    "process_restored",
     "raise_on_all_ranks",
     "read_beats",
     "run_command",

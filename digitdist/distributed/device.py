@@ -11,6 +11,15 @@ from pathlib import Path
 import torch
 from accelerate.utils import is_bf16_available, is_fp8_available
 
+X86_BF16 = {"avx512_bf16", "amx_bf16"}  # the instructions, each enough by itself
+VECTORS = {"avx512_f": "AVX-512", "avx2": "AVX2", "avx": "AVX", "sve": "SVE", "neon": "NEON"}  # best first
+OLDER_QUERIES = {  # of a torch without `torch.cpu.get_capabilities`
+    "avx2": "_is_avx2_supported",
+    "avx512_f": "_is_avx512_supported",
+    "avx512_bf16": "_is_avx512_bf16_supported",
+    "amx_bf16": "_is_amx_tile_supported",
+}
+
 
 def accelerator_type() -> str:
     """The type of this host's accelerator, such as ``cuda``; ``cpu`` where there is none."""
@@ -35,9 +44,28 @@ def has_bf16(device_type: str) -> bool:
     return is_bf16_available(ignore_tpu=True)
 
 
-def num_cores() -> int:
-    """The CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def cpu_features() -> set[str]:
+    """The vector instructions of this CPU, as `torch.cpu.get_capabilities` names them; none where torch cannot tell."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        return {name for name, value in torch.cpu.get_capabilities().items() if value is True}
+    return {name for name, query in OLDER_QUERIES.items() if getattr(torch.cpu, query, bool)()}
+
+
+def describe_instructions() -> str:
+    """The best vector instructions of this CPU, such as ``AVX2``, ``AVX-512 with bf16, AMX`` or ``NEON``."""
+    features = cpu_features()
+    name = next((name for feature, name in VECTORS.items() if feature in features), platform.machine())
+    with_bf16 = " with bf16" if features & {"avx512_bf16", "bf16"} else ""  # `bf16` is ARM's
+    return f"{name}{with_bf16}{', AMX' if 'amx_bf16' in features else ''}"
+
+
+def num_cores(quota: float | None) -> int:
+    """The whole CPU cores that this process may use, at least 1: as affinity and a quota of so many CPUs allow."""
+    if hasattr(os, "process_cpu_count"):  # Python 3.13, which its user may tell another number
+        cores = os.process_cpu_count() or 1
+    else:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores if quota is None else max(1, min(cores, int(quota)))
 
 
 def device_name(device_type: str) -> str:

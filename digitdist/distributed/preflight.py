@@ -22,6 +22,7 @@ from digitdist.world import World, read_world, restart_count, under_torchelastic
 
 REFUSAL_TIMEOUT_S = 60.0  # for the other ranks to hear of a mistake
 
+_calls = itertools.count()  # a program may train several times in the same processes
 _stores: list[dist.Store] = []  # kept as long as this process lives: the process group meets in the same store
 
 
@@ -38,10 +39,10 @@ def run_preflight(world: World, fingerprint: dict[str, str], timeout_s: float, m
     own = {"rank": world.rank, "host": platform.node(), "mistakes": mistakes, "WORLD_SIZE": str(world.size), **fingerprint}
     limit, address = timedelta(seconds=timeout_s), (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # then one store serves all restarts
-    serves = world.rank == 0 and not agent
+    serves, call = world.rank == 0 and not agent, next(_calls)
     try:
         _stores.append(dist.TCPStore(*address, None, serves, limit, wait_for_workers=False, multi_tenant=True))
-        store = dist.PrefixStore(f"preflight {restart_count() if agent else 0}", _stores[0])
+        store = dist.PrefixStore(f"preflight {restart_count() if agent else 0}.{call}", _stores[0])
         store.set(f"fingerprint {store.add('fingerprints', 1)}", json.dumps(own))
         if world.rank == 0:
             store.set("verdict", "\n".join(_compare(store, own, world, timeout_s)))
@@ -52,8 +53,8 @@ def run_preflight(world: World, fingerprint: dict[str, str], timeout_s: float, m
     if verdict:
         _await_readers(store, world)
         raise UserError(*verdict.split("\n"))
-    if agent and restart_count():
-        _leave_agent_store(store, world)
+    if call or (agent and restart_count()):
+        _leave_used_store(store, world)
 
 
 def raise_on_all_ranks(error: UserError) -> NoReturn:
@@ -66,10 +67,10 @@ def raise_on_all_ranks(error: UserError) -> NoReturn:
     raise error
 
 
-def _leave_agent_store(store: dist.Store, world: World) -> None:
-    """Has restarted workers form their process group in a new store, which rank 0 serves.
+def _leave_used_store(store: dist.Store, world: World) -> None:
+    """Has restarted workers, or the same at their next training, form their process group in a new store, which rank 0 serves.
 
-    In the agent's they would now and then find the addresses of their predecessors, and wait for those.
+    In the old one they would now and then find the addresses of the group before, and wait for those.
     """
     if world.rank == 0:
         served = dist.TCPStore(os.environ["MASTER_ADDR"], 0, None, True, wait_for_workers=False, multi_tenant=True)

@@ -10,6 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import PurePath
 from typing import NoReturn
 
 import psutil
@@ -18,7 +19,8 @@ from digitdist.errors import EXIT_FAULT, EXIT_STOPPED, EXIT_USER_ERROR, Fault, P
 from digitdist.world import is_main, max_restarts, print_main, restart_count, under_torchelastic
 
 REPORT_GRACE_S = 30.0  # in which another rank of this host may report an error, and the launcher end this one
-LAUNCHERS = ("torchrun", "torch.distributed", "accelerate")
+LAUNCHERS = ("torchrun", "accelerate", "accelerate-launch")  # as programs
+LAUNCHER_MODULES = ("torch.distributed.", "accelerate.commands.")  # as in python -m
 
 _had_process_group = False
 
@@ -71,8 +73,14 @@ def note_process_group() -> None:
 
 
 def launcher_start_time() -> float | None:
-    """When this process's launcher was started, in seconds since 1970: the same after a restart. None without a launcher."""
-    return psutil.Process(os.getppid()).create_time() if under_torchelastic() else None
+    """When this process's launcher was started, in seconds since 1970: the same after a restart.
+
+    None without a launcher, and for a program, such as a notebook, that launches trainings of its own and restarts none.
+    """
+    if not under_torchelastic():
+        return None
+    parent = psutil.Process(os.getppid())
+    return parent.create_time() if max_restarts() or _is_launcher(parent) else None
 
 
 def _report_once_a_host(text: str) -> None:
@@ -93,8 +101,13 @@ def _end_launcher() -> None:
     if not under_torchelastic() or restart_count() >= max_restarts():
         return
     parent = psutil.Process(os.getppid())
-    if any(name in word for word in parent.cmdline() for name in LAUNCHERS):  # and not somebody's own program
+    if _is_launcher(parent):
         parent.terminate()
+
+
+def _is_launcher(process: psutil.Process) -> bool:
+    """Whether it is a launcher, and not somebody's own program."""
+    return any(PurePath(word).name in LAUNCHERS or word.startswith(LAUNCHER_MODULES) for word in process.cmdline())
 
 
 def _die_with_launcher() -> None:

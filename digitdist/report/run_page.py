@@ -81,7 +81,10 @@ def _attempt(record: Record, number: int) -> tuple[str, ...]:
     attempt = record.attempts[number]
     versions = ", ".join(f"{name}\u00a0{attempt.get(name, '?')}" for name in PACKAGES)
     commit = attempt.get("git_commit")
-    place = f"{attempt.get('host', '?')}, {attempt.get('device', '?')} ({attempt.get('device_name', '?')})"
+    instructions = (
+        f", {attempt['cpu_instructions']}" if attempt.get("device") == "cpu" and "cpu_instructions" in attempt else ""
+    )
+    place = f"{attempt.get('host', '?')}, {attempt.get('device', '?')} ({attempt.get('device_name', '?')}{instructions})"
     threads = attempt.get("threads", "?")
     return (
         str(attempt.get("time", "?")).replace("T", " "),

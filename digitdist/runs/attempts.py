@@ -16,7 +16,7 @@ import torch
 
 import digitdist
 from digitdist.checkpoint import atomic_write
-from digitdist.distributed import Plan, device_name, read_beats
+from digitdist.distributed import Plan, describe_instructions, device_name, read_beats
 from digitdist.errors import Fault, Stopped
 from digitdist.runs.folder import ENVIRONMENT
 from digitdist.world import restart_count
@@ -95,6 +95,7 @@ def describe_environment(plan: Plan) -> Attempt:
         "platform": platform.platform(),
         "device": plan.device_type,
         "device_name": device_name(plan.device_type),
+        "cpu_instructions": describe_instructions(),
         "world_size": plan.world.size,
         "precision": plan.precision,
         "threads": plan.threads,

@@ -25,10 +25,15 @@ class Run:
     wandb_id: str = ""
     stored: Checkpoint | None = None  # what is resumed
     finished: bool = False
-    lock: FileLock | None = field(default=None, repr=False)  # held on the main rank alone, as long as the process lives
+    lock: FileLock | None = field(default=None, repr=False)  # held on the main rank alone, until closed or the process ends
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"lock": None}  # what is sent to the other ranks
+
+    def close(self) -> None:
+        """Lets another training work in the folder."""
+        if self.lock:
+            self.lock.release()
 
     @property
     def checkpoints(self) -> Path:

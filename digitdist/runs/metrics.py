@@ -25,8 +25,9 @@ class MetricsLog:
         self._write()
 
     def close(self) -> None:
-        self._write()
-        self._file.close()
+        if not self._file.closed:
+            self._write()
+            self._file.close()
 
     def _write(self) -> None:
         try:

@@ -43,6 +43,16 @@ def open_run(config: Config, plan: Plan, splits: Splits, last_step: int, launche
     runs = Path(config.run.dir)
     folder = runs / (config.run.name or run_of_launchers(runs, launchers) or _name_from_time(runs))
     run = Run(folder, platform.node(), token=secrets.token_hex(8), lock=_lock(folder))
+    try:
+        _resume_or_begin(run, config, plan, splits, last_step, launchers)
+    except BaseException:
+        run.close()
+        raise
+    return run
+
+
+def _resume_or_begin(run: Run, config: Config, plan: Plan, splits: Splits, last_step: int, launchers: list[float]) -> None:
+    folder = run.folder
     if config.checkpoint.resume == "never":
         _clear(folder)
     run.stored = _find_checkpoint(run, config.checkpoint.resume)
@@ -50,14 +60,13 @@ def open_run(config: Config, plan: Plan, splits: Splits, last_step: int, launche
         _check_unchanged(config, plan, splits, run.stored)
         run.finished = run.stored.step >= last_step and (folder / RESULT).is_file()
         if run.finished:
-            return run
+            return
         for name in (RESULT, PREDICTIONS):  # of an end that is now passed
             (folder / name).unlink(missing_ok=True)
     _begin_attempt(run, plan, launchers)
     config.run.name = folder.name
     save_config(config, folder / "config.yaml")
     atomic_write(folder / DATA_SET, splits.info.to_json().encode() + b"\n")
-    return run
 
 
 def _begin_attempt(run: Run, plan: Plan, launchers: list[float]) -> None:
@@ -113,9 +122,9 @@ def _find_checkpoint(run: Run, resume: str) -> Checkpoint | None:
 
 def _check_unchanged(config: Config, plan: Plan, splits: Splits, stored: Checkpoint) -> None:
     """Refuses to resume with a configuration or images that give another result than the one the run began with."""
-    differences = result_changes(stored.state["config"], as_dict(config))
-    if stored.state["precision"] != plan.precision:
-        differences.append(f"effective train.precision was {stored.state['precision']} and is now {plan.precision}")
+    # What alters the result is the effective precision: `auto` may now be another one, or the same be asked for by its name.
+    before = stored.state["config"] | {"train.precision": stored.state["precision"]}
+    differences = result_changes(before, as_dict(config) | {"train.precision": plan.precision})
     if stored.state.get("data_sha256", splits.sha256) != splits.sha256:  # runs of version 0.1 have none
         differences.append(f"the images of {splits.info.name} are not those that the run began with")
     if differences and not config.checkpoint.allow_change:

@@ -52,6 +52,7 @@ class RunTracker:
         self._metrics.close()
         if self._wandb:
             self._wandb.finish(summary, media, weights)
+            self._wandb = None  # a second call has nothing to end
 
 
 def start_tracker(run: Run, config: Config, report: Callable[[str], None]) -> Tracker:

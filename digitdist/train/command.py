@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from accelerate.utils import gather_object
 
@@ -18,13 +20,14 @@ from digitdist.distributed import (
     find_failed_rank,
     is_collective_failure,
     launcher_start_time,
+    process_restored,
     raise_on_all_ranks,
     run_on_main,
     run_preflight,
     start_accelerator,
 )
 from digitdist.errors import Fault, PeerFailed, Stopped, UserError
-from digitdist.runs import Run, fetch_run, open_run, record_end
+from digitdist.runs import RESULT, Run, fetch_run, open_run, record_end
 from digitdist.train.display import first_lines
 from digitdist.train.setup import Setup, prepare
 from digitdist.train.trainer import Trainer
@@ -33,6 +36,31 @@ from digitdist.world import is_main, print_main
 
 def main() -> None:
     """The command. Collective: every rank must call it."""
+    run_training(sys.argv[1:], contextlib.ExitStack())  # which is never closed: all ends with this process
+
+
+def train(arguments: Sequence[str] = ()) -> dict[str, Any]:
+    """The command in this process, which goes on afterwards as it was: in a notebook, in a program, or on several processes
+    by ``accelerate.notebook_launcher(train, args=(arguments,), num_processes=2)``. Collective: every rank must call it.
+
+    `arguments`: as on the command line, such as ``["--config", "quick", "train.epochs=1"]``.
+
+    Returns what ``result.json`` holds, and the run's folder, a `Path`, as ``folder``; the folder alone off the main rank.
+
+    Raises:
+        UserError: a mistake in the arguments, or ranks differ in what they are to do, or the run cannot be opened.
+        Stopped: on request (SIGINT, which a notebook's stop button sends), after a checkpoint; the same call goes on.
+        Fault, PeerFailed: the training cannot go on.
+    """
+    with process_restored(["digitdist.train.train", *arguments]), contextlib.ExitStack() as closing:
+        return run_training(arguments, closing)
+
+
+def run_training(arguments: Sequence[str], closing: contextlib.ExitStack) -> dict[str, Any]:
+    """Reads the command line `arguments`, and trains as they say; see `train`. Collective: every rank must call it.
+
+    `closing` gets what must end with the training, unless the process ends with it.
+    """
     parser = Parser(
         "accelerate launch -m digitdist.train",
         "Trains a digit CNN on whatever the launcher gives: one CPU, one GPU, many of them, many hosts.",
@@ -40,16 +68,17 @@ def main() -> None:
         more=describe_keys(),
     )
     parser.add_config()
-    arguments = parser.parse_args()
+    parsed = parser.parse_args(arguments)
     try:
-        setup = prepare(arguments.config, arguments.overrides)
+        setup = prepare(parsed.config, parsed.overrides)
     except UserError as error:
         raise_on_all_ranks(error)
-    train(setup)
+    folder = train_setup(setup, closing)
+    return {"folder": folder} | (json.loads((folder / RESULT).read_text()) if is_main() else {})
 
 
-def train(setup: Setup) -> None:
-    """Opens the run and trains it to its end. Collective: every rank must call it.
+def train_setup(setup: Setup, closing: contextlib.ExitStack) -> Path:
+    """Opens the run, trains it to its end, and returns its folder. Collective: every rank must call it.
 
     Raises:
         UserError: ranks differ in what they are to do, or the run cannot be opened.
@@ -62,6 +91,7 @@ def train(setup: Setup) -> None:
     launchers = sorted({time for time in gather_object([launcher_start_time()]) if time})
     fetch_run(config, plan, launchers)
     run = run_on_main(accelerator, lambda: open_run(config, plan, setup.splits, setup.last_step, launchers))
+    closing.callback(run.close)
     if run.finished and run.stored:
         step = run.stored.step
         print_main(f"{run.folder} is finished, at step {step:,}; raise train.epochs or train.max_steps to train on")
@@ -69,11 +99,14 @@ def train(setup: Setup) -> None:
         print_main(first_lines(setup, run))
         heartbeat = Heartbeat(run.heartbeat, plan.world)
         with failures_named(heartbeat, run):
-            Trainer(setup, accelerator, run, heartbeat).train()
+            trainer = Trainer(setup, accelerator, run, heartbeat)
+            closing.callback(trainer.recorder.close)
+            trainer.train()
         run.heartbeat.unlink(missing_ok=True)
         if is_main() and config.run.report:
             write_report(run.folder)
     accelerator.end_training()
+    return run.folder
 
 
 @contextlib.contextmanager

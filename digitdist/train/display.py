@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from digitdist.data import Order
-from digitdist.distributed import device_name
+from digitdist.distributed import describe_instructions, device_name
 from digitdist.evaluate import Evaluation
 from digitdist.runs import Run
 from digitdist.train.setup import Setup
@@ -30,10 +30,12 @@ def first_lines(setup: Setup, run: Run) -> str:
     held_out = f", {len(splits.validation):,} held out" if len(splits.validation) else ""
     focus = f", {order.focus} passes over hard images from the second one on" if order.focus > 1 else ""
     state = f"resumes at step {run.stored.step:,}" if run.stored else "starts"
+    device = device_name(plan.device_type) + (f", {describe_instructions()}" if plan.device_type == "cpu" else "")
+    quota = f" (CPU quota {round(plan.cpu_quota, 2)})" if plan.cpu_quota else ""
     lines = [
         *plan.notes,
-        f"device     {plan.device_type} ({device_name(plan.device_type)}), world size {world.size}: {processes}",
-        f"precision  {plan.precision}, sync {config.sync.mode}, threads {plan.threads} a process",
+        f"device     {plan.device_type} ({device}), world size {world.size}: {processes}",
+        f"precision  {plan.precision}, sync {config.sync.mode}, threads {plan.threads} a process{quota}",
         f"batch      {order.batch_size:,} global = {share} per rank × {world.size} rank{'s' if world.size > 1 else ''}"
         f" × {accumulate} accumulated",
         f"data       {splits.info.name}: {len(splits.train):,} images to train{held_out}, {len(splits.test):,} to test",

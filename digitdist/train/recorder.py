@@ -89,10 +89,16 @@ class Recorder:
             record_end(self.run.folder, stopped=True)
             self.tracker.finish({})
 
+    def close(self) -> None:
+        """Ends bar, profile and tracking of a training that has failed or was stopped, in a process that goes on."""
+        self.display.close()
+        self._end_profile()
+        self.tracker.finish({})
+
     def finish(self, result: Evaluation, test: AnySet, memory: list[dict[str, float | None]]) -> None:
         """Writes predictions and result, and shows them; `memory` is the peak memory of each rank."""
         self.display.close()
-        self.profiler.stop()
+        self._end_profile()
         if not self.is_main:
             return
         record = self._result(result, memory)
@@ -104,6 +110,10 @@ class Recorder:
             self.display.print(f"trained {images:,} images in {seconds:.1f} s, {images / seconds:,.0f} images/s")
         self.display.print(f"files in {self.run.folder}; next: python -m digitdist.evaluate {self.run.folder}")
         self.tracker.finish(record, {"test/worst_mistakes": _worst_mistakes(result, test)}, self._weights_file())
+
+    def _end_profile(self) -> None:
+        self.profiler.stop()
+        self.profiler = NullProfiler()
 
     def _result(self, result: Evaluation, memory: list[dict[str, float | None]]) -> dict[str, Any]:
         """What ``result.json`` holds."""

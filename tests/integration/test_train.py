@@ -12,6 +12,7 @@ from helpers.launching import QUIET, ROOT, on_a_terminal, python
 from helpers.runs import events, only_run, result
 
 from digitdist.checkpoint import folders, read, weights_sha256
+from digitdist.distributed import describe_instructions
 from digitdist.runs import read_metrics
 
 TRAIN = ("-m", "digitdist.train")
@@ -41,7 +42,7 @@ def test_a_run_leaves_the_files_of_the_readme(place: Path):
     (stored,) = folders(folder / "checkpoints")
     assert weights_sha256(read(stored).tensors["model"]) == final["weights_sha256"]
     (start,) = json.loads((folder / "environment.json").read_text())["starts"]
-    assert {"torch", "accelerate", "device", "world_size", "precision", "git_commit"} <= set(start)
+    assert {"torch", "accelerate", "device", "world_size", "precision", "git_commit", "cpu_instructions"} <= set(start)
     assert "batch_size: 100" in (folder / "config.yaml").read_text()
     for line in (line for line in read_metrics(folder) if "train/loss" in line):
         times = {key[5:]: value for key, value in line.items() if key.startswith("time/")}
@@ -55,7 +56,12 @@ def test_a_run_leaves_the_files_of_the_readme(place: Path):
 
 def test_it_says_what_it_runs_on_and_how_it_went(place: Path):
     done = python(*TRAIN, *QUIET, "train.max_steps=40", "train.accumulate=3", cwd=place)
-    for part in ("world size 1", "fp32", "100 global = 33 or 34 per rank × 1 rank × 3 accumulated", "60,000 images to train"):
+    for part in (
+        f", {describe_instructions()}), world size 1",
+        "fp32",
+        "100 global = 33 or 34 per rank × 1 rank × 3 accumulated",
+        "60,000 images to train",
+    ):
         assert part in done.out
     folder = only_run(place).name
     lines = done.out.splitlines()

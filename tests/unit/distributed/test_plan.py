@@ -3,10 +3,19 @@ from __future__ import annotations
 import pytest
 import torch
 
-from digitdist.config import load_config
+from digitdist.config import ModelConfig, load_config, shipped_configs
 from digitdist.distributed import device, plan
 from digitdist.distributed.plan import make_plan, resolve_precision
 from digitdist.errors import UserError
+from digitdist.models import MODELS
+
+CNN, CONVNET = ModelConfig(), ModelConfig(name="convnet")
+
+
+def has_features(monkeypatch: pytest.MonkeyPatch, *features: str) -> None:
+    """Has torch say that this CPU has these vector instructions, and a cache of so many bytes."""
+    known = dict.fromkeys(("avx2", "avx512_f", "avx512_bf16", "amx_bf16"), False) | {"l2_cache_size": 1}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known | dict.fromkeys(features, True), raising=False)
 
 
 @pytest.mark.parametrize(
@@ -30,22 +39,83 @@ def test_precision_is_what_was_requested_or_the_launcher_says_or_the_best(
     monkeypatch.setattr(device, "has_bf16", lambda device_type: True)
     if launcher:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
-    precision, notes = resolve_precision(requested, device_type)
+    has_features(monkeypatch, "avx512_bf16")
+    precision, notes = resolve_precision(requested, device_type, CNN)
     assert precision == effective
     assert bool(notes) == (launcher in ("fp16", "fp8") and launcher != effective and requested == "auto")
 
 
 def test_an_old_gpu_trains_in_fp16(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(device, "has_bf16", lambda device_type: False)
-    assert resolve_precision("auto", "cuda") == ("fp16", ())
+    assert resolve_precision("auto", "cuda", CNN) == ("fp16", ())
     with pytest.raises(UserError, match="bf16"):
-        resolve_precision("bf16", "cuda")
+        resolve_precision("bf16", "cuda", CNN)
 
 
 @pytest.mark.parametrize("requested", ["fp16", "fp8"])
 def test_a_precision_that_a_cpu_does_not_have_is_refused(requested: str):
     with pytest.raises(UserError, match=f"train.precision={requested} is not possible.*auto, bf16, fp32"):
-        resolve_precision(requested, "cpu")
+        resolve_precision(requested, "cpu", CNN)
+
+
+CPUS = {
+    "AVX2": ("avx", "avx2"),
+    "AVX-512": ("avx", "avx2", "avx512_f"),
+    "AVX-512 with bf16": ("avx2", "avx512_f", "avx512_bf16"),
+    "AVX-512 with bf16, AMX": ("avx2", "avx512_f", "avx512_bf16", "amx_bf16"),
+    "NEON": ("neon",),
+    "NEON with bf16": ("neon", "bf16"),
+    "SVE with bf16": ("neon", "sve", "bf16"),
+}
+
+
+@pytest.mark.parametrize("name", CPUS)
+def test_a_cpu_computes_in_bf16_only_what_its_instructions_make_faster(monkeypatch: pytest.MonkeyPatch, name: str):
+    has_features(monkeypatch, *CPUS[name])
+    assert device.describe_instructions() == name
+    measured = name.startswith("AVX-512 with bf16")
+    assert resolve_precision("auto", "cpu", CONVNET) == ("bf16" if measured else "fp32", ())
+    assert resolve_precision("auto", "cpu", CNN) == ("fp32", ())
+    assert resolve_precision("auto", "cpu", ModelConfig(name="convnet", target="nets.Own")) == ("fp32", ())
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    for requested in ("bf16", "auto"):
+        precision, notes = resolve_precision(requested, "cpu", CONVNET)
+        assert precision == "bf16"
+        if "bf16" in name:
+            assert notes == ()
+        else:
+            (note,) = notes
+            assert note.startswith(f"this CPU ({name}) has no bf16 instructions: bf16 takes 7 to 10 times as long")
+            assert note.endswith("set train.precision=fp32")
+
+
+@pytest.mark.parametrize(("features", "name"), [((), "AVX2"), (("avx512_f", "avx512_bf16"), "AVX-512 with bf16")])
+def test_an_older_torch_is_asked_in_its_own_way(monkeypatch: pytest.MonkeyPatch, features: tuple[str, ...], name: str):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    for feature, query in device.OLDER_QUERIES.items():
+        answer = feature in ("avx2", *features)
+        monkeypatch.setattr(torch.cpu, query, lambda answer=answer: answer, raising=False)
+    assert device.describe_instructions() == name
+    for query in device.OLDER_QUERIES.values():
+        monkeypatch.delattr(torch.cpu, query)
+    assert device.cpu_features() == set()
+    assert resolve_precision("auto", "cpu", CONVNET) == ("fp32", ())
+
+
+@pytest.mark.parametrize("recipe", ["fast", "sharp", "best"])
+def test_the_recipes_train_in_bf16_only_where_that_is_fast(monkeypatch: pytest.MonkeyPatch, recipe: str):
+    config = load_config([recipe])
+    assert config.model.name in plan.FASTER_IN_BF16
+    for features, precision in (((), "fp32"), (("avx512_bf16",), "bf16")):
+        has_features(monkeypatch, *features)
+        assert make_plan(config).precision == precision
+    assert set(plan.FASTER_IN_BF16) <= set(MODELS)
+
+
+@pytest.mark.parametrize("name", ["default", "quick"])
+def test_the_default_network_trains_in_fp32_on_any_cpu(monkeypatch: pytest.MonkeyPatch, name: str):
+    has_features(monkeypatch, "avx512_bf16", "amx_bf16")
+    assert make_plan(load_config([str(shipped_configs()[name])])).precision == "fp32"
 
 
 def in_world(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
@@ -69,10 +139,15 @@ def test_two_ranks_of_a_host_may_not_share_a_gpu(monkeypatch: pytest.MonkeyPatch
 
 def test_threads_share_the_cores(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.setattr(plan, "cpu_quota", lambda: None)
     in_world(monkeypatch, 3)
     assert make_plan(load_config()).threads == 2
     assert make_plan(load_config((), ["train.threads=5"])).threads == 5
     assert make_plan(load_config((), ["sync.mode=exact"])).threads == 1
+    monkeypatch.setattr(plan, "cpu_quota", lambda: 6.5)
+    assert (make_plan(load_config()).threads, make_plan(load_config()).cpu_quota) == (2, 6.5)
+    monkeypatch.setattr(plan, "cpu_quota", lambda: 5.5)
+    assert make_plan(load_config()).threads == 1
     in_world(monkeypatch, 20)
     assert make_plan(load_config()).threads == 1
 

@@ -323,9 +323,11 @@ def test_no_table_needs_a_scroll_bar_at_a_width_of_1000_pixels(run: Path, tmp_pa
     """Also with several attempts, long names and a fault; a script, which the page itself forbids, measures a copy of it."""
     (first,) = attempts(run)
     first |= {"host": "a-rather-long-name-of-a-host.cluster.example.org", "device_name": "AMD EPYC 9554P 64-Core Processor"}
+    first |= {"cpu_instructions": "AVX-512 with bf16, AMX"}
     failed = first | {"fault": "rank 11 ended without a word at step 16, phase backward", "reached": 16, "world_size": 12}
     (run / "environment.json").write_text(json.dumps({"starts": [failed, first | {"step": 10}]}))
     html = report.write_report(run).read_text()
+    assert "cpu (AMD EPYC 9554P 64-Core Processor, AVX-512 with bf16, AMX), fp32" in html
     overflow = "[...document.querySelectorAll('.wide')].map(e => e.scrollWidth - e.clientWidth)"
     script = f"<script>document.title = JSON.stringify({overflow})</script></body>"
     html = re.sub(r'<meta http-equiv="Content-Security-Policy".*?>', "", html).replace("</body>", script)
