@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -122,23 +124,41 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 
 
 def build_model(config: ModelConfig, seed: int) -> nn.Module:
-    """The configured network on the CPU, in training mode, its initial weights a function of `seed` alone.
+    """The configured network on the CPU, in training mode, its initial weights a function of `seed` alone, whether torch,
+    numpy or Python's `random` draws them.
 
     Raises:
-        UserError: there is no such network, its arguments do not fit, or its output is not [n, 10].
+        UserError: there is no such network, its arguments do not fit, or its output is not floating-point [n, 10].
     """
     kind = _find_class(config)
     torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
     label = config.target or config.name
     try:
         model = kind(**config.args)
         with torch.no_grad():
-            shape = tuple(model.eval()(torch.zeros(2, *IMAGE_SHAPE)).shape)
+            logits = model.eval()(torch.zeros(2, *IMAGE_SHAPE))
     except Exception as error:  # a user's network may raise anything
         raise UserError(f"model {label!r} with model.args={dict(config.args)} does not work: {in_one_line(error)}") from error
-    if shape != (2, NUM_CLASSES):
-        raise UserError(f"model {label!r} gives {shape} for 2 images; it must give logits of shape (2, {NUM_CLASSES})")
+    problem = output_problem(logits, 2)
+    if problem:
+        raise UserError(f"model {label!r} {problem}")
     return model.train()
+
+
+def output_problem(output: Any, num_images: int) -> str | None:
+    """What is wrong with the `output` of a network for `num_images` images, in words that follow its name; None if nothing."""
+    wanted = f"must give logits of shape ({num_images}, {NUM_CLASSES})"
+    if not isinstance(output, Tensor):
+        parts = output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else []
+        inner = ", ".join(f"a tensor {tuple(p.shape)}" if isinstance(p, Tensor) else type(p).__name__ for p in parts)
+        return f"returns a {type(output).__name__}{f' of {inner}' if inner else ''}; forward {wanted}, and nothing beside"
+    if tuple(output.shape) != (num_images, NUM_CLASSES):
+        return f"gives {tuple(output.shape)} for {num_images} images; it {wanted}"
+    if not output.is_floating_point():
+        return f"gives {output.dtype}; it {wanted} as floating-point numbers"
+    return None
 
 
 def _find_class(config: ModelConfig) -> Callable[..., nn.Module]:

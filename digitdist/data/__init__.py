@@ -8,7 +8,7 @@ from digitdist.data.loaders import TrainingSampler, evaluation_loader, prepare_l
 from digitdist.data.loading import load_splits
 from digitdist.data.loss_history import LossHistory, NullLossHistory
 from digitdist.data.order import Order
-from digitdist.data.randomness import derive_seed
+from digitdist.data.randomness import derive_seed, seed_generators
 from digitdist.data.sharding import Sharding
 from digitdist.data.transforms import augment, normalise
 
@@ -30,4 +30,5 @@ __all__ = [
     "load_splits",
     "normalise",
     "prepare_loader",
+    "seed_generators",
 ]

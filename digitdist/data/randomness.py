@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import random
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,3 +18,15 @@ def derive_seed(*parts: object) -> int:
 def permutation(count: int, *parts: object) -> Tensor:
     """A permutation of 0..count-1, int64 [count], a fixed function of the arguments."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(derive_seed("permutation", *parts)))
+
+
+def seed_generators(seed: int, device: torch.device) -> None:
+    """Seeds the generators that a network may draw from: torch's of the CPU and of `device`, numpy's and Python's.
+
+    `torch.manual_seed` would take 0.2 ms for devices not in use.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)

@@ -4,7 +4,7 @@ Whatever depends on a launcher, a device, a signal or another rank's fate belong
 """
 
 from digitdist.distributed.accelerator import prepare_module, start_accelerator
-from digitdist.distributed.collectives import check_equal, gather_rows, run_on_main
+from digitdist.distributed.collectives import broadcast_tensors, check_equal, gather_rows, run_on_main
 from digitdist.distributed.device import device_name, peak_memory_mb, to_device
 from digitdist.distributed.failures import find_failed_rank, is_collective_failure
 from digitdist.distributed.heartbeat import NOTICED, RAISED, Heartbeat, read_beats
@@ -23,6 +23,7 @@ __all__ = [
     "PhaseTimer",
     "Plan",
     "StopRequest",
+    "broadcast_tensors",
     "check_equal",
     "device_name",
     "eager_optimizer",

@@ -13,6 +13,7 @@ from torch import nn
 from digitdist.checkpoint import Checkpoint, DamagedCheckpoint, folder_name, folders, newest_good, read
 from digitdist.config import Config, load_config
 from digitdist.errors import UserError, in_one_line
+from digitdist.model_state import load_model_state, load_transient_buffers
 from digitdist.models import build_model
 
 
@@ -54,7 +55,8 @@ class StoredRun:
         """
         model = build_model(self.config.model, self.config.seed)
         try:
-            model.load_state_dict(stored.tensors.get("ema") or stored.tensors["model"])
+            load_model_state(model, stored.tensors.get("ema") or stored.tensors["model"])
+            load_transient_buffers(model, stored.tensors.get("transient", {}))
         except RuntimeError as error:
             raise UserError(f"{stored.folder} does not fit the model: {in_one_line(error)}") from None
         return model

@@ -21,10 +21,16 @@ STRATEGIES: dict[str, Build] = {"ddp": Ddp, "exact": Exact, "local": Local}
 
 
 def build_strategy(
-    config: Config, accelerator: Accelerator, model: nn.Module, loss_history: LossHistory | NullLossHistory, phase: Phase
+    config: Config,
+    accelerator: Accelerator,
+    model: nn.Module,
+    loss_history: LossHistory | NullLossHistory,
+    phase: Phase,
+    one_graph: bool = True,
 ) -> Strategy:
-    """The configured strategy for `model`, which is on the accelerator's device. Collective: every rank must call it."""
-    loss = TrainingLoss(model, config, loss_history).to(accelerator.device)
+    """The configured strategy for `model`, which is on the accelerator's device; `one_graph` is that of `TrainingLoss`.
+    Collective: every rank must call it."""
+    loss = TrainingLoss(model, config, loss_history, one_graph).to(accelerator.device)
     return STRATEGIES[config.sync.mode](accelerator, loss, phase, config)
 
 

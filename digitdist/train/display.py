@@ -32,6 +32,7 @@ def first_lines(setup: Setup, run: Run) -> str:
     state = f"resumes at step {run.stored.step:,}" if run.stored else "starts"
     lines = [
         *plan.notes,
+        *setup.notes,
         f"device     {plan.device_type} ({device_name(plan.device_type)}), world size {world.size}: {processes}",
         f"precision  {plan.precision}, sync {config.sync.mode}, threads {plan.threads} a process",
         f"batch      {order.batch_size:,} global = {share} per rank × {world.size} rank{'s' if world.size > 1 else ''}"

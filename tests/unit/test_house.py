@@ -12,8 +12,8 @@ import pytest
 import digitdist
 
 ROOMS = [  # a room may import only from those above it
-    *("errors", "world", "config", "checkpoint", "distributed", "models", "optim", "data", "runs", "sync", "evaluate"),
-    *("predict", "export", "train", "report", "bench", "__main__"),
+    *("errors", "world", "config", "checkpoint", "model_state", "distributed", "models", "optim", "model_checks", "data"),
+    *("runs", "sync", "evaluate", "predict", "export", "train", "report", "bench", "__main__"),
 ]
 PACKAGE = Path(digitdist.__file__).parent
 SOURCES = {
