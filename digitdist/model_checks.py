@@ -78,7 +78,8 @@ def inspect_model(
         if count > smallest:
             raise UserError(
                 f"the model cannot be trained on {smallest} image{'s' if smallest > 1 else ''} at once ({problem}), which the"
-                " smallest micro-batches here have; set a larger data.batch_size, or a smaller sync.shards or train.accumulate"
+                " smallest micro-batches here have; set a larger data.batch_size, a smaller sync.shards or train.accumulate, or"
+                " start fewer processes"
             )
         return Traits(layout_problem(build, pixels[:count], labels[:count], bf16, found.logits), found.one_graph)
 
@@ -136,7 +137,7 @@ def check_parts(model: nn.Module, mode: str) -> None:
     try:
         load_model_state(model, model_state(model))  # or a run could not be resumed
     except Exception as error:  # a user's network may raise anything
-        raise UserError(f"load_state_dict of the model does not take what its state_dict gives: {in_one_line(error)}") from error
+        raise UserError(f"the model does not take its own state_dict back, to be resumed: {in_one_line(error)}") from error
 
 
 def _storing_problem(tensor: Tensor) -> str:

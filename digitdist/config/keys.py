@@ -46,7 +46,7 @@ class Key:
     @property
     def holds_text(self) -> bool:
         """True for a text, a choice of texts, and a list of texts."""
-        return bool(self.choices) or self.is_list or self.takes(str)
+        return not self.is_mapping and (bool(self.choices) or self.is_list or self.takes(str))
 
     def takes(self, kind: type) -> bool:
         return self.type is kind or kind in typing.get_args(self.type)

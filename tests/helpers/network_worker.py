@@ -32,7 +32,14 @@ from digitdist.train import Trainer, prepare
 STEPS = 6
 OPTIONS = (
     *("tracking.wandb=disabled", "run.report=false", "data.batch_size=26", "optim.ema=0.5", "optim.clip_norm=1"),
-    *("train.log_every=1", "train.eval_every=1", "sync.every=2", "sync.check_every=1", "sync.shards=4", "optim.weight_decay=0.1"),
+    *(
+        "train.log_every=1",
+        "train.eval_every=1",
+        "sync.every=2",
+        "sync.check_every=1",
+        "sync.shards=4",
+        "optim.weight_decay=0.1",
+    ),
 )
 
 
