@@ -28,6 +28,7 @@ BUILT_IN_TWO_WAYS = (
 )
 
 Build = Callable[[], nn.Module]
+Images = Callable[[int], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,13 @@ class Traits:
 
 
 def inspect_model(
-    build: Build, pixels: Tensor, labels: Tensor, smallest: int, bf16: bool, mode: str, repeatable: bool = True
+    build: Build, images: Images, smallest: int, largest: int, bf16: bool, mode: str, repeatable: bool = True
 ) -> Traits:
     """Tries the network that `build` makes on images with their labels; the generators are left as they were.
 
-    `pixels` float32 [n, *image shape] and `labels` int64 [n] are one global batch, `smallest` the images of the smallest
-    micro-batch of the run, `mode` is `sync.mode`, and with `repeatable` two builds must be equal.
+    ``images(n)`` gives pixels, float32 [n, *image shape], and labels, int64 [n], of n training images; the smallest
+    micro-batch of the run has `smallest` images, a global batch `largest`; with `repeatable` two builds must be equal; `mode` is
+    `sync.mode`.
 
     Raises:
         UserError: naming what cannot be trained, stored or repeated, and the way out.
@@ -65,9 +67,9 @@ def inspect_model(
         if repeatable:
             _check_repeatable(model_state(model), model_state(build()))
         found = None
-        for count in sorted({min(FEW_IMAGES, smallest), smallest, len(pixels)}):
+        for count in sorted({min(FEW_IMAGES, smallest), smallest, largest}):
             try:
-                found = _trial(build(), pixels[:count], labels[:count], bf16)
+                found = _trial(build(), *images(count), bf16)
                 break
             except UserError:
                 raise
@@ -81,7 +83,7 @@ def inspect_model(
                 " smallest micro-batches here have; set a larger data.batch_size, a smaller sync.shards or train.accumulate, or"
                 " start fewer processes"
             )
-        return Traits(layout_problem(build, pixels[:count], labels[:count], bf16, found.logits), found.one_graph)
+        return Traits(layout_problem(build, *images(count), bf16, found.logits), found.one_graph)
 
 
 def layout_problem(build: Build, pixels: Tensor, labels: Tensor, bf16: bool = False, wanted: Tensor | None = None) -> str:

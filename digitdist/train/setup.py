@@ -11,7 +11,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import digitdist
 from digitdist.checkpoint import weights_sha256
@@ -72,7 +72,7 @@ class Setup:
             "effective train.precision": self.plan.precision,
             "data": f"of SHA-256 {self.splits.sha256()[:12]}",
             "model": ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in state.items()),
-            "the model's initial weights": f"of SHA-256 {weights}",
+            "the initial state of the model (a function of seed alone)": f"of SHA-256 {weights}",
         }
 
 
@@ -125,12 +125,16 @@ def try_model(setup: Setup) -> Traits:
             f"sync.batch_norm=true needs an image for each of {num_micro_batches} micro-batches a step, and a step here has"
             f" {min(counts)}; choose a data.batch_size that divides {order.num_images}, or set sync.batch_norm=false"
         )
-    images = setup.splits.train.__getitems__(Share(torch.arange(order.batch_count(0))))
+
+    def first_images(count: int) -> tuple[Tensor, Tensor]:
+        batch = setup.splits.train.__getitems__(Share(torch.arange(count)))
+        return normalise(batch.images, DATA_SETS[config.data.name]), batch.labels
+
     return inspect_model(
         partial(build_model, config.model, config.seed),
-        normalise(images.images, DATA_SETS[config.data.name]),
-        images.labels,
+        first_images,
         smallest=min(max(1, count // num_micro_batches) for count in counts),
+        largest=order.batch_count(0),
         bf16=setup.plan.device_type == "cpu" and setup.plan.precision == "bf16",
         mode=config.sync.mode,
         repeatable=bool(config.sync.check_every) and (exact or setup.plan.world.size > 1),

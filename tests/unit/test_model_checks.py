@@ -22,7 +22,7 @@ def inspect(build: Callable[[], nn.Module], smallest: int = 12, mode: str = "ddp
         torch.manual_seed(0)
         return build()
 
-    return inspect_model(seeded, PIXELS, LABELS, smallest, bf16=False, mode=mode)
+    return inspect_model(seeded, lambda count: (PIXELS[:count], LABELS[:count]), smallest, len(PIXELS), bf16=False, mode=mode)
 
 
 @pytest.mark.parametrize("name", MODELS)
