@@ -8,9 +8,11 @@ from __future__ import annotations
 import importlib
 import inspect
 import itertools
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -140,28 +142,46 @@ def sides(image_size: Size) -> tuple[int, int]:
 
 
 def build_model(config: ModelConfig, seed: int, info: DataSetInfo) -> nn.Module:
-    """The configured network for a data set, on the CPU, in training mode, its initial weights a function of `seed` alone.
+    """The configured network for a data set, on the CPU, in training mode, its initial weights a function of `seed` alone,
+    whether torch, numpy or Python's `random` draws them.
 
     Its class gets `num_classes`, `in_channels` and `image_size` (a number, or height and width) as far as its constructor
     takes them, and ``model.args``.
 
     Raises:
-        UserError: there is no such network, its arguments do not fit, or its output is not [n, classes].
+        UserError: there is no such network, its arguments do not fit, or its output is not floating-point [n, classes].
     """
     kind = _find_class(config)
     torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
     label = config.target or config.name
     form = {"num_classes": info.num_classes, "in_channels": info.channels, "image_size": info.image_size}
     try:
         parameters = inspect.signature(kind).parameters
         model = kind(**{name: value for name, value in form.items() if name in parameters} | config.args)
         with torch.no_grad():
-            shape = tuple(model.eval()(torch.zeros(2, *info.image_shape)).shape)
+            logits = model.eval()(torch.zeros(2, *info.image_shape))
     except Exception as error:  # a user's network may raise anything
         raise UserError(f"model {label!r} with model.args={dict(config.args)} does not work: {in_one_line(error)}") from error
-    if shape != (2, info.num_classes):
-        raise UserError(f"model {label!r} gives {shape} for 2 images; it must give logits of shape (2, {info.num_classes})")
+    problem = output_problem(logits, 2, info.num_classes)
+    if problem:
+        raise UserError(f"model {label!r} {problem}")
     return model.train()
+
+
+def output_problem(output: Any, num_images: int, num_classes: int) -> str | None:
+    """What is wrong with the `output` of a network for `num_images` images, in words that follow its name; None if nothing."""
+    wanted = f"must give logits of shape ({num_images}, {num_classes})"
+    if not isinstance(output, Tensor):
+        parts = output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else []
+        inner = ", ".join(f"a tensor {tuple(p.shape)}" if isinstance(p, Tensor) else type(p).__name__ for p in parts)
+        return f"returns a {type(output).__name__}{f' of {inner}' if inner else ''}; forward {wanted}, and nothing beside"
+    if tuple(output.shape) != (num_images, num_classes):
+        return f"gives {tuple(output.shape)} for {num_images} images; it {wanted}"
+    if not output.is_floating_point():
+        return f"gives {output.dtype}; it {wanted} as floating-point numbers"
+    return None
 
 
 def _find_class(config: ModelConfig) -> Callable[..., nn.Module]:

@@ -13,9 +13,14 @@ from digitdist.checkpoint import Tensors
 from digitdist.config import OptimConfig, ScheduleConfig
 from digitdist.distributed import eager_optimizer
 
+TRAINABLE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # dtypes of parameters
+
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """The configured optimizer over all parameters of `model`, in torch's fused form: one pass over the weights a step."""
+    """The configured optimizer over all parameters of `model`, in torch's fused form: one pass over the weights a step.
+
+    That takes floating-point parameters alone; others cannot be trained.
+    """
     options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
     if config.name == "sgd":
         kind: type[torch.optim.Optimizer] = torch.optim.SGD
@@ -23,13 +28,18 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     else:
         kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
         options |= {"betas": (config.beta1, config.beta2)}
-    return eager_optimizer(kind, model.parameters(), **options)
+    return eager_optimizer(kind, [p for p in model.parameters() if p.dtype in TRAINABLE], **options)
 
 
 def norm(tensors: Iterable[Tensor]) -> float:
-    """The L2 norm of all values of `tensors` together. Waits for their device."""
+    """The L2 norm of all values of those `tensors` that hold floating-point numbers. Waits for their device."""
+    groups: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in (tensor for tensor in tensors if tensor.is_floating_point()):
+        exact = tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+        groups.setdefault(exact.dtype, []).append(exact)
     with torch.no_grad():
-        return float(torch.nn.utils.get_total_norm(tensors, foreach=None))
+        norms = [float(torch.nn.utils.get_total_norm(group, foreach=None)) for group in groups.values()]
+    return norms[0] if len(norms) == 1 else math.hypot(*norms)
 
 
 def learning_rate(step: int, total_steps: int, steps_per_epoch: int, schedule: ScheduleConfig, peak: float) -> float:

@@ -55,7 +55,7 @@ def bare_loop(setup: Setup, accelerator: Accelerator, variant: Variant) -> Loop:
     """Forward, backward and update, and nothing else: the most that PyTorch gives this network here."""
     config, device = setup.config, accelerator.device
     size = variant.batch_size or config.data.batch_size
-    layout = torch.channels_last if variant.channels_last else torch.contiguous_format
+    layout = setup.traits.layout if variant.channels_last else torch.contiguous_format
     model = build_model(config.model, config.seed, setup.splits.info).to(device).to(memory_format=layout)
     optimizer = build_optimizer(model, config.optim)
     if variant.compiled:
@@ -136,7 +136,8 @@ def trainer_loop(overrides: list[str], phases: list[dict[str, float]], steps: in
 def evaluation_loops(setup: Setup, accelerator: Accelerator) -> dict[str, Loop]:
     """The bare forward pass over the test images, chunk by chunk; with their normalisation; and the whole evaluation."""
     config, device = setup.config, accelerator.device
-    model = build_model(config.model, config.seed, setup.splits.info).to(device).to(memory_format=torch.channels_last).eval()
+    model = build_model(config.model, config.seed, setup.splits.info)
+    model.to(device).to(memory_format=setup.traits.layout).eval()
     size = -(-config.data.eval_batch_size // config.sync.shards)
     info, whole_split = setup.splits.info, setup.splits.test
     test = ImageSet(*whole_split.read(torch.arange(len(whole_split)))).to(device)

@@ -24,6 +24,12 @@ def check_combinations(config: Config) -> list[str]:
             f"train.compile={config.train.compile} is not allowed with sync.mode=exact; set it to none: what is compiled,"
             " and so its rounding, depends on the batch sizes that a process has met"
         )
+    if config.sync.batch_norm and config.sync.mode != "ddp":
+        reason = {
+            "exact": "there BatchNorm takes the statistics of each shard, the same on any world size",
+            "local": "there ranks do not meet in a step",
+        }[config.sync.mode]
+        mistakes.append(f"sync.batch_norm=true is not allowed with sync.mode={config.sync.mode}: {reason}; set it to false")
     return mistakes + _check_data(config) + _check_folders(config)
 
 

@@ -43,6 +43,11 @@ class Key:
         """True for a list of texts."""
         return typing.get_origin(self.type) is list
 
+    @property
+    def holds_text(self) -> bool:
+        """True for a text, a choice of texts, and a list of texts."""
+        return not self.is_mapping and (bool(self.choices) or self.is_list or self.takes(str))
+
     def takes(self, kind: type) -> bool:
         return self.type is kind or kind in typing.get_args(self.type)
 
@@ -95,7 +100,11 @@ def as_dict(config: Config) -> dict[str, Any]:
 
 
 def result_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """The differences of two flat configurations that alter the result, each with its old and new value."""
+    """The differences of two flat configurations that alter the result, each with its old and new value.
+
+    A key that `old` does not know yet had its default then.
+    """
+    old = {name: key.default for name, key in KEYS.items() if name in new} | old
     names = sorted(
         name
         for name in old.keys() | new.keys()

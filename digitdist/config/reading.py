@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from digitdist.config.checks import check_combinations
 from digitdist.config.keys import GROUPS, KEYS, Key, nearest_key
 from digitdist.config.schema import Config
+from digitdist.config.yaml_core import dump_yaml, parse_text, parse_yaml
 from digitdist.errors import UserError, in_one_line
 
 
@@ -40,7 +41,7 @@ def read_config(files: Sequence[str], overrides: Sequence[str]) -> tuple[Config,
     values: dict[str, Any] = {}
     for file in files:
         try:
-            values |= _flatten(_read_yaml(file))
+            values |= _read_yaml(file)
         except UserError as error:
             mistakes += error.mistakes
     for text in overrides:
@@ -59,7 +60,7 @@ def read_config(files: Sequence[str], overrides: Sequence[str]) -> tuple[Config,
 
 def save_config(config: Config, file: Path) -> None:
     """Writes the whole resolved configuration as YAML, which `load_config` reads."""
-    file.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    file.write_text(dump_yaml(OmegaConf.to_container(OmegaConf.structured(config))))
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -69,10 +70,12 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def _read_yaml(file: str) -> dict[str, Any]:
+    """The values of a YAML file by dotted key; those of text keys are read as text, so that 1e3 is no number there."""
     shipped = shipped_configs()
     path = shipped[file] if file in shipped and not Path(file).is_file() else Path(file)
     try:
-        tree = yaml.safe_load(path.read_text())
+        text = path.read_text()
+        tree, as_text = parse_yaml(text), parse_text(text)
     except OSError as error:
         raise UserError(
             f"--config {file}: {error.strerror}; give the path of a YAML file, or one of {', '.join(shipped)}"
@@ -83,7 +86,8 @@ def _read_yaml(file: str) -> dict[str, Any]:
         return {}
     if not isinstance(tree, dict):
         raise UserError(f"--config {file} holds a {type(tree).__name__}; it must hold a YAML mapping of keys")
-    return tree
+    texts = {name: value for name, value in _flatten(as_text).items() if name in KEYS and KEYS[name].holds_text}
+    return _flatten(tree) | texts
 
 
 def _flatten(tree: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
@@ -104,7 +108,7 @@ def _parse(name: str, text: str) -> Any:
     if key and not key.is_mapping and not key.is_list:
         return None if text in ("null", "~") and key.takes(type(None)) else text
     try:
-        return yaml.safe_load(text)
+        return parse_text(text) if key and key.is_list else parse_yaml(text)
     except yaml.YAMLError:
         return text
 
@@ -130,7 +134,7 @@ def _set(tree: Any, name: str, value: Any) -> str | None:
         return f"{name}={value}: there is no key {name!r}; did you mean {nearest_key(name)!r}? (--help lists all)"
     wrong = f"{name}={value} is not allowed; {key.name} takes {key.allowed}"
     if key.choices and value is False and "no" in key.choices:
-        value = "no"  # a bare `no` in YAML
+        value = "no"  # what a writer of YAML 1.1 makes of it
     if isinstance(value, bool) and not key.takes(bool) and not key.is_mapping:
         return wrong
     if key.is_list and not (isinstance(value, list) and all(isinstance(item, (str, int, float)) for item in value)):

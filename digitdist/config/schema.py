@@ -143,6 +143,9 @@ class SyncConfig:
     outer_momentum: float = key(0.5, "local: Nesterov momentum of the outer step", ge=0, le=0.9999)
     overlap: bool = key(False, "local: train on while ranks exchange; the outer step then comes one round late")
     compress: Literal["none", "bf16", "fp16", "powersgd"] = key("none", "ddp: compression of gradients, for slow links")
+    batch_norm: bool = key(
+        False, "ddp, on GPUs: BatchNorm takes the statistics of all ranks' images together", alters_result=("ddp",)
+    )
     check_every: int = key(
         200, "steps between two comparisons of the weights of all ranks; 0: never", ge=0, alters_result=False
     )

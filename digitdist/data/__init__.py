@@ -12,7 +12,7 @@ from digitdist.data.loss_history import LossHistory, NullLossHistory
 from digitdist.data.mnist_form import mnist_form
 from digitdist.data.order import Order
 from digitdist.data.picture import list_pictures, open_picture, read_picture
-from digitdist.data.randomness import derive_seed, seed_host
+from digitdist.data.randomness import derive_seed, seed_generators
 from digitdist.data.sharding import Sharding
 from digitdist.data.transforms import augment, black, displayable, normalise
 
@@ -44,5 +44,5 @@ __all__ = [
     "picture_form",
     "prepare_loader",
     "read_picture",
-    "seed_host",
+    "seed_generators",
 ]

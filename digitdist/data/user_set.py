@@ -7,11 +7,12 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from digitdist.config import DataConfig
 from digitdist.data.forms import to_image
-from digitdist.data.randomness import derive_seed, seed_host
+from digitdist.data.randomness import derive_seed, seed_generators
 from digitdist.errors import UserError, in_one_line
 
 
@@ -30,7 +31,7 @@ class UserItems:
         Raises:
             ValueError: it is no image with a label.
         """
-        seed_host(derive_seed("item", self.seed, self.split, epoch, index))
+        seed_generators(derive_seed("item", self.seed, self.split, epoch, index), torch.device("cpu"))
         item = self.data_set[index]
         if not isinstance(item, tuple | list) or len(item) != 2:
             raise ValueError(f"an item that is a {type(item).__name__} is not allowed; give (image, label)")

@@ -46,10 +46,9 @@ def start_accelerator(config: Config, plan: Plan) -> Accelerator:
         dataloader_config=DataLoaderConfiguration(even_batches=False),
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=timedelta(seconds=config.sync.timeout_s)),
-            # Buffers matter only in evaluations and checkpoints, and rank 0's are sent to all ranks before those.
-            DistributedDataParallelKwargs(
-                broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=config.train.accumulate == 1
-            ),
+            # Buffers matter only in evaluations and checkpoints, and rank 0's are sent to all ranks before those. No static
+            # graph: a network may have another one in each step.
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
         ],
     )
     if plan.world.size > 1:

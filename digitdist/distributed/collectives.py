@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
@@ -38,6 +40,18 @@ def gather_rows(accelerator: Accelerator, rows: Tensor, padding: int) -> Tensor:
     A collective needs equal shapes, so `rows` [n, k] of a rank that has fewer are filled up with rows of `padding`.
     """
     return accelerator.gather(accelerator.pad_across_processes(rows, pad_index=padding)).cpu()
+
+
+def broadcast_tensors(tensors: Sequence[Tensor]) -> None:
+    """Copies the main rank's values into `tensors`, of any dtype, in one broadcast. Collective: every rank must call it, with
+    the same shapes and dtypes, where there are several."""
+    if not tensors:
+        return
+    pieces = [tensor.detach().reshape(-1).view(torch.uint8) for tensor in tensors]
+    message = torch.cat(pieces)
+    dist.broadcast(message, src=0)
+    for tensor, piece in zip(tensors, message.split([len(piece) for piece in pieces]), strict=True):
+        tensor.copy_(piece.clone().view(tensor.dtype).view(tensor.shape))  # a clone, since a dtype needs aligned memory
 
 
 def check_equal(tensors: Tensors, step: int) -> None:

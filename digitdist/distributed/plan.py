@@ -78,6 +78,11 @@ def _launch_mistakes(config: Config, world: World, device_type: str) -> list[str
             f"sync.mode=exact takes at most sync.shards={config.sync.shards} processes, {world.size} were started;"
             f" start fewer, or set sync.shards={world.size} (another number of shards gives other bits)"
         )
+    if config.sync.batch_norm and config.sync.mode == "ddp" and device_type != "cuda":
+        mistakes.append(
+            f"sync.batch_norm=true is not possible on {device_type}: torch's SyncBatchNorm needs CUDA; set it to false, or set"
+            " sync.mode=exact, where BatchNorm's statistics do not depend on the world size"
+        )
     compiler = os.environ.get("CXX", "g++")
     if config.train.compile != "none" and device_type == "cpu" and not shutil.which(compiler):
         mistakes.append(

@@ -12,9 +12,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from digitdist.config import Config
-from digitdist.data import AnySet, Batch, DataSetInfo, evaluation_loader, normalise
+from digitdist.data import AnySet, Batch, DataSetInfo, derive_seed, evaluation_loader, normalise, seed_generators
 from digitdist.distributed import gather_rows
 from digitdist.evaluate.result import Evaluation
+from digitdist.model_state import SavedBuffers
 
 
 def chunked_loader(accelerator: Accelerator, images: AnySet, config: Config) -> DataLoader[Batch]:
@@ -46,17 +47,25 @@ def evaluate(accelerator: Accelerator, model: nn.Module, loader: Iterable[Batch]
 
 
 def _predict(accelerator: Accelerator, model: nn.Module, loader: Iterable[Batch], info: DataSetInfo) -> tuple[Tensor, Tensor]:
-    """This rank's logits, float32 [n, classes], and the index and label of each, int64 [n, 2]."""
+    """This rank's logits, float32 [n, classes], and the index and label of each, int64 [n, 2].
+
+    What a network draws at random depends on the chunk alone, and what it writes into its buffers is undone: neither the world
+    size nor the number of evaluations has an influence.
+    """
     batches: list[Batch] = []
     logits = [torch.empty(0, info.num_classes, device=accelerator.device)]
     was_training = model.training
     model.eval()
+    saved = SavedBuffers(model)
     with torch.inference_mode(), accelerator.autocast():
-        for batch in loader:
+        for turn, batch in enumerate(loader):
             batches.append(batch)
             if len(batch.labels):
+                chunk = turn * accelerator.num_processes + accelerator.process_index
+                seed_generators(derive_seed("evaluation", chunk), accelerator.device)
                 logits.append(model(normalise(batch.images, info)))
     model.train(was_training)
+    saved.restore()
     columns = (torch.cat([b.indices for b in batches]), torch.cat([b.labels for b in batches]))
     return torch.cat([part.float() for part in logits]), torch.stack(columns, 1)
 

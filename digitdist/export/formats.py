@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from digitdist.config import Config
 from digitdist.data import DataSetInfo, normalise
 from digitdist.errors import UserError, in_one_line
+from digitdist.model_state import load_model_state, model_state
 from digitdist.models import build_model
 
 INPUT, OUTPUT = "images", "probabilities"
@@ -82,7 +83,7 @@ def to_onnx(classifier: Classifier, metadata: Metadata) -> bytes:
 def to_safetensors(classifier: Classifier, metadata: Metadata) -> bytes:
     """The weights alone, named as in the run's checkpoints, with the metadata as text."""
     # Clones, since safetensors refuses tensors that share memory, as tied weights do.
-    weights = {name: tensor.contiguous().clone() for name, tensor in classifier.network.state_dict().items()}
+    weights = {name: tensor.contiguous().clone() for name, tensor in model_state(classifier.network).items()}
     return safetensors.torch.save(weights, _as_text(metadata))
 
 
@@ -105,7 +106,7 @@ def from_onnx(file: Path, config: Config, info: DataSetInfo) -> Classify:
 def from_safetensors(file: Path, config: Config, info: DataSetInfo) -> Classify:
     """Loads what `to_safetensors` made into the network that `config` names."""
     network = build_model(config.model, config.seed, info)
-    network.load_state_dict(safetensors.torch.load_file(file))
+    load_model_state(network, safetensors.torch.load_file(file))
     return Classifier(network, info)
 
 

@@ -17,6 +17,7 @@ import digitdist
 from digitdist.checkpoint import weights_sha256, write_synced
 from digitdist.data import AnySet, load_splits
 from digitdist.export.formats import FORMATS, Classifier, Classify
+from digitdist.model_state import model_state
 from digitdist.runs import StoredRun
 
 
@@ -42,7 +43,7 @@ def export(run: StoredRun, which: str, form: str, file: Path) -> str:
         "digitdist_version": digitdist.__version__,
         "run": run.folder.resolve().name,
         "step": stored.step,
-        "weights_sha256": weights_sha256(network.state_dict()),
+        "weights_sha256": weights_sha256(model_state(network)),
         "model": config.model.target or config.model.name,
         "model_args": config.model.args,
         "data_set": info.name,

@@ -14,6 +14,7 @@ from digitdist.checkpoint import Checkpoint, DamagedCheckpoint, folder_name, fol
 from digitdist.config import Config, DataConfig, load_config
 from digitdist.data import DataSetInfo, known_info
 from digitdist.errors import UserError, in_one_line
+from digitdist.model_state import load_model_state, load_transient_buffers
 from digitdist.models import build_model
 from digitdist.runs.folder import DATA_SET
 
@@ -69,7 +70,8 @@ class StoredRun:
         """
         model = build_model(self.config.model, self.config.seed, self.info)
         try:
-            model.load_state_dict(stored.tensors.get("ema") or stored.tensors["model"])
+            load_model_state(model, stored.tensors.get("ema") or stored.tensors["model"])
+            load_transient_buffers(model, stored.tensors.get("transient", {}))
         except RuntimeError as error:
             raise UserError(f"{stored.folder} does not fit the model: {in_one_line(error)}") from None
         return model

@@ -27,9 +27,11 @@ def build_strategy(
     info: DataSetInfo,
     loss_history: LossHistory | NullLossHistory,
     phase: Phase,
+    one_graph: bool = True,
 ) -> Strategy:
-    """The configured strategy for `model`, which is on the accelerator's device. Collective: every rank must call it."""
-    loss = TrainingLoss(model, config, info, loss_history).to(accelerator.device)
+    """The configured strategy for `model`, which is on the accelerator's device; `one_graph` is that of `TrainingLoss`.
+    Collective: every rank must call it."""
+    loss = TrainingLoss(model, config, info, loss_history, one_graph).to(accelerator.device)
     return STRATEGIES[config.sync.mode](accelerator, loss, phase, config)
 
 

@@ -1,27 +1,27 @@
-"""BatchNorm's running statistics in exact mode: taken of each shard by itself, folded in the order of shards."""
+"""Running statistics in exact mode: BatchNorm's and InstanceNorm's, of each shard by itself, folded in the order of shards."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-
-from digitdist.errors import UserError
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 
 class BatchStatistics:
-    """Sets the momentum of every BatchNorm to 1: after a forward, its buffers hold the statistics of that batch alone.
+    """Sets the momentum of every BatchNorm and InstanceNorm to 1: after a forward, its buffers hold the statistics of that
+    batch alone. A BatchNorm must have a momentum; `model_checks` refuses others.
 
-    Raises:
-        UserError: a BatchNorm has no momentum.
+    `tensors`: all the buffers that are taken care of here.
     """
 
     def __init__(self, model: nn.Module):
-        norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-        if any(norm.momentum is None for norm in norms):
-            raise UserError("sync.mode=exact needs BatchNorm with a momentum; this model has momentum=None")
+        kinds = (_BatchNorm, _InstanceNorm)
+        norms = [m for m in model.modules() if isinstance(m, kinds) and m.running_mean is not None and m.momentum is not None]
         self.buffers: list[Tensor] = [norm.get_buffer(n) for norm in norms for n in ("running_mean", "running_var")]
-        self.counts: list[Tensor] = [norm.get_buffer("num_batches_tracked") for norm in norms]
+        self.counted = [norm for norm in norms if isinstance(norm, _BatchNorm)]
+        self.counts: list[Tensor] = [norm.get_buffer("num_batches_tracked") for norm in self.counted]
+        self.tensors = [*self.buffers, *self.counts]
         momenta = [norm.momentum or 0.0 for norm in norms for _ in range(2)]
         weights = [torch.full_like(b, m) for b, m in zip(self.buffers, momenta, strict=True)]
         self.momentum = torch.cat(weights) if weights else torch.empty(0)  # of each number in the buffers
@@ -34,7 +34,7 @@ class BatchStatistics:
         self.running, self.counts_before = self.of_last_forward(), [count.clone() for count in self.counts]
 
     def of_last_forward(self) -> Tensor:
-        """float32 [length], a copy."""
+        """[length], a copy, in the dtype of the buffers (the widest where they differ)."""
         return torch.cat(self.buffers) if self.buffers else self.momentum
 
     def fold(self, rows: list[Tensor]) -> None:
@@ -42,8 +42,8 @@ class BatchStatistics:
         if not self.buffers:
             return
         for row in rows:
-            self.running.lerp_(row, self.momentum)
+            self.running.lerp_(row.to(self.running.dtype), self.momentum)
         for buffer, value in zip(self.buffers, self.running.split([len(b) for b in self.buffers]), strict=True):
             buffer.copy_(value)
-        for count, before in zip(self.counts, self.counts_before, strict=True):
-            count.copy_(before + len(rows))
+        for norm, count, before in zip(self.counted, self.counts, self.counts_before, strict=True):
+            count.copy_(before + len(rows) if norm.training else before)

@@ -6,6 +6,7 @@ import functools
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,14 +17,35 @@ from torch.nn.parallel import DistributedDataParallel
 from digitdist.checkpoint import Tensors
 from digitdist.config import Config
 from digitdist.data import Batch
-from digitdist.distributed import prepare_module
+from digitdist.distributed import broadcast_tensors, prepare_module
 from digitdist.sync.hooks import POWERSGD_MEMORY, register_hook
 from digitdist.sync.loss import MicroBatch, TrainingLoss, stats_tensor
 from digitdist.sync.strategy import Phase, SynchronousStrategy, gather_state, own_state
 
 
+class TakePart(torch.autograd.Function):
+    """Passes a loss on as it is, and has its graph reach all `parameters`, without a gradient for them.
+
+    DistributedDataParallel waits for every parameter in every backward pass: also for one that takes no part in this step, or
+    on this rank alone. This costs no message and changes no bit; `find_unused_parameters` costs an all-reduce a step.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.count = len(parameters)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return gradients + (None,) * ctx.count
+
+
 class Ddp(SynchronousStrategy):
-    """Every rank runs `train.accumulate` micro-batches; DistributedDataParallel averages their gradients."""
+    """Every rank runs `train.accumulate` micro-batches; DistributedDataParallel averages their gradients.
+
+    Where the loss's own graph does not reach a parameter that gets a gradient (reentrant checkpointing runs backward passes
+    inside the backward pass), the gradients are sent by one more backward pass, without images.
+    """
 
     def __init__(self, accelerator: Accelerator, loss: TrainingLoss, phase: Phase, config: Config):
         super().__init__(accelerator, loss, phase, config.train.accumulate * accelerator.num_processes)
@@ -34,6 +56,9 @@ class Ddp(SynchronousStrategy):
         if self.world_size > 1 and accelerator.device.type == "cpu":
             for parameter in (p for p in loss.parameters() if p.requires_grad):
                 parameter.register_post_accumulate_grad_hook(self._note_ready)
+        self.sends_afterwards = self.world_size > 1 and not loss.one_graph
+        device, nothing = accelerator.device, torch.zeros(0, dtype=torch.int64, device=accelerator.device)
+        self.empty = MicroBatch(0, torch.zeros(0, *loss.info.image_shape, device=device), nothing, nothing)
         self.module = prepare_module(accelerator, loss, data_parallel=True)
         self.powersgd = None
         if isinstance(self.module, DistributedDataParallel):
@@ -48,8 +73,9 @@ class Ddp(SynchronousStrategy):
         """
         self.loss.signal.grad, self.own_losses = None, []
         stats, reduction = None, None
-        for micro_batch in self.loss.micro_batches(batch, self.sharding, count):
-            last = micro_batch.number == self.sharding.own[-1]
+        micro_batches = [*self.loss.micro_batches(batch, self.sharding, count), *[self.empty] * self.sends_afterwards]
+        for left, micro_batch in zip(reversed(range(len(micro_batches))), micro_batches, strict=True):
+            last = not left
             stop_requests = float(self.world_size * (stop and last))
             with nullcontext() if last else self.accelerator.no_sync(self.module):
                 self.phase("forward")
@@ -60,12 +86,16 @@ class Ddp(SynchronousStrategy):
                     stats = stats_tensor(functools.reduce(torch.add, self.own_losses), stop_requests)
                     reduction = dist.all_reduce(stats, async_op=True) if self.world_size > 1 else None
                 self.phase("backward")
-                self.accelerator.backward(loss)
+                self.accelerator.backward(self._with_all_parameters(loss) if last else loss)
+        self.fill_gradients()
         self.phase("sync", self.gradients_ready)
         if reduction is not None:
             reduction.wait()
             stats /= self.world_size
         return self._carried_stats() if stats is None else stats
+
+    def _with_all_parameters(self, loss: Tensor) -> Tensor:
+        return TakePart.apply(loss, *self.parameters) if self.world_size > 1 else loss
 
     def _carried_stats(self) -> Tensor:
         """What `signal` has carried through the all-reduce, where the ranks' losses became their mean."""
@@ -79,14 +109,11 @@ class Ddp(SynchronousStrategy):
     def _settle_buckets(self, module: DistributedDataParallel) -> None:
         """Runs two steps without images. Collective.
 
-        DistributedDataParallel rebuilds its buckets once, after its first step (with a static graph, its second), and sums in
-        another order from then on: the first steps after a restart would have other bits than without the restart.
+        DistributedDataParallel rebuilds its buckets once, after its first step, and sums in another order from then on: the
+        first steps after a restart would have other bits than without the restart.
         """
-        device = self.accelerator.device
-        nothing = torch.zeros(0, dtype=torch.int64, device=device)
-        empty = MicroBatch(0, torch.zeros(0, *self.loss.info.image_shape, device=device), nothing, nothing)
         for _ in range(2):
-            module(empty, 0, 1.0, 0.0).backward()
+            self._with_all_parameters(module(self.empty, 0, 1.0, 0.0)).backward()
             module.zero_grad()
 
     def broadcast_buffers(self, networks: Sequence[nn.Module]) -> None:
@@ -95,8 +122,7 @@ class Ddp(SynchronousStrategy):
         BatchNorm's running statistics do not enter training, so it is enough to do it before they are used.
         """
         if self.world_size > 1:
-            for buffer in (buffer for network in networks for buffer in network.buffers()):
-                dist.broadcast(buffer, src=0)
+            broadcast_tensors([buffer for network in networks for buffer in network.buffers()])
 
     def state(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensors]:
         """What PowerSGD remembers of the gradients it has rounded, which is each rank's own. Collective."""

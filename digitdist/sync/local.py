@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from digitdist.checkpoint import Tensors
 from digitdist.config import Config
 from digitdist.data import Batch
-from digitdist.distributed import eager_optimizer, prepare_module
+from digitdist.distributed import broadcast_tensors, eager_optimizer, prepare_module
+from digitdist.model_state import transient_buffers
 from digitdist.optim import load_state_tensors, state_tensors
 from digitdist.sync.loss import TrainingLoss, stats_tensor
+from digitdist.sync.messages import pack, unpack
 from digitdist.sync.strategy import Phase, StepStats, Strategy, check_finite, gather_state, own_state
 
 
@@ -23,19 +25,21 @@ from digitdist.sync.strategy import Phase, StepStats, Strategy, check_finite, ga
 class Exchange:
     """What a rank has sent at the end of a round, until the sum over all ranks is taken in."""
 
-    message: Tensor  # of each weight: global - this rank's; then the other tensors, the loss and the request to stop
-    targets: list[Tensor]  # this rank's weights, then the other tensors
-    sent: list[Tensor]  # the values of the targets then
+    parts: list[Tensor]  # of each weight: global - this rank's; then the other tensors, the loss and the request to stop
+    messages: dict[torch.dtype, Tensor]  # what has been sent of them
+    networks: Sequence[nn.Module]
+    sent: list[Tensor]  # this rank's weights, then the other tensors, as they were then
     losses: list[Tensor]
     num_images: int
-    work: dist.Work | None
+    work: list[dist.Work]
 
 
 class Local(Strategy):
     """In a round, a rank uses the mean gradient of its own share of each global batch. Then all take one outer step from the
     global weights: SGD with Nesterov momentum, whose gradient is the mean over ranks of (global weights - a rank's weights)
     (Douillard et al., DiLoCo: Distributed Low-Communication Training of Language Models, 2023). Rate 1 without momentum is
-    plain averaging. Buffers are averaged.
+    plain averaging. Buffers of floating-point numbers are averaged; others, and those with a value that is not finite from the
+    start, such as a mask, are rank 0's.
 
     With `sync.overlap` a rank trains on while the differences are exchanged, and takes them in at the end of the next round:
     its weights are then the global ones plus what it has done meanwhile (Douillard et al., Streaming DiLoCo, 2025, with one
@@ -46,7 +50,11 @@ class Local(Strategy):
         super().__init__(accelerator, loss, phase, config.train.accumulate * accelerator.num_processes)
         prepare_module(accelerator, loss, data_parallel=False)
         self.every, self.overlap = config.sync.every, config.sync.overlap
-        self.parameters = list(loss.model.parameters())
+        self.not_averaged = {
+            name
+            for name, buffer in loss.model.named_buffers()
+            if not (buffer.is_floating_point() and bool(buffer.isfinite().all()))
+        }
         self.global_params = [p.detach().clone() for p in self.parameters]
         momentum = config.sync.outer_momentum
         self.outer_optimizer = eager_optimizer(
@@ -68,6 +76,7 @@ class Local(Strategy):
             self.phase("backward")
             self.accelerator.backward(total / max(1, len(batch.labels)))
             self.own_losses.append(total.detach())
+        self.fill_gradients()
         self.num_images, self.stop = self.num_images + count, stop
 
     def sync_round(self, networks: Sequence[nn.Module], step: int, make_equal: bool) -> StepStats | None:
@@ -95,14 +104,14 @@ class Local(Strategy):
 
     @torch.no_grad()
     def _send(self, networks: Sequence[nn.Module]) -> None:
-        others = [t for t in networks[0].buffers() if t.is_floating_point()]
-        others += [t for network in networks[1:] for t in network.state_dict().values() if t.is_floating_point()]
         differences = [ours - own for ours, own in zip(self.global_params, self.parameters, strict=True)]
-        stats = stats_tensor(torch.stack(self.own_losses).sum(), float(self.stop))
-        message = torch.cat([t.flatten() for t in (*differences, *others, stats)])
-        work = dist.all_reduce(message, async_op=True) if self.world_size > 1 else None
-        targets = [*self.parameters, *others]
-        self.exchange = Exchange(message, targets, [t.clone() for t in targets], self.own_losses, self.num_images, work)
+        others = self._averaged(networks)
+        parts = [*differences, *others, stats_tensor(torch.stack(self.own_losses).sum(), float(self.stop))]
+        messages, work = pack(parts), []
+        if self.world_size > 1:
+            work = [dist.all_reduce(message, async_op=True) for message in messages.values()]
+        sent = [t.clone() for t in (*self.parameters, *others)]
+        self.exchange = Exchange(parts, messages, networks, sent, self.own_losses, self.num_images, work)
         self.own_losses, self.num_images = [], 0
 
     @torch.no_grad()
@@ -111,23 +120,36 @@ class Local(Strategy):
         exchange, self.exchange = self.exchange, None
         if exchange is None:
             return None
-        if exchange.work:
-            exchange.work.wait()
-        total, stop_requests = exchange.message[-2:].tolist()
+        for work in exchange.work:
+            work.wait()
+        *sums, told = unpack(exchange.messages, exchange.parts)
+        total, stop_requests = told.tolist()
         stats = StepStats(total / exchange.num_images, stop_requests)
         check_finite(stats, exchange.losses, step)
-        pieces = (exchange.message[:-2] / self.world_size).split([t.numel() for t in exchange.targets])
-        means = [piece.view(t.shape) for piece, t in zip(pieces, exchange.targets, strict=True)]
+        means = [part / self.world_size for part in sums]
         for parameter, difference in zip(self.global_params, means, strict=False):
             parameter.grad = difference
         self.outer_optimizer.step()
         agreed = [*self.global_params, *means[len(self.global_params) :]]
-        for target, value, sent in zip(exchange.targets, agreed, exchange.sent, strict=True):
+        targets = [*self.parameters, *self._averaged(exchange.networks)]  # as they are now: a forward pass may replace buffers
+        for target, value, sent in zip(targets, agreed, exchange.sent, strict=True):
             target.copy_(value + (target - sent))
         return stats
 
+    def _averaged(self, networks: Sequence[nn.Module]) -> list[Tensor]:
+        """What is averaged as it is: buffers of the model, and all of its moving average. A tied tensor is there once."""
+        model, *averages = networks
+        named = list(model.named_buffers())
+        for average in averages:
+            named += [*average.state_dict(keep_vars=True).items(), *transient_buffers(average).items()]
+        kept = (t for name, t in named if name not in self.not_averaged and isinstance(t, Tensor) and t.is_floating_point())
+        return list({id(tensor): tensor for tensor in kept}.values())
+
     def broadcast_buffers(self, networks: Sequence[nn.Module]) -> None:
-        """Nothing to do: they are averaged at the end of each round."""
+        """Sends rank 0's buffers to all ranks, but for those that are averaged at the end of each round. Collective."""
+        if self.world_size > 1:
+            named = [item for network in networks for item in network.named_buffers()]
+            broadcast_tensors([buffer for name, buffer in named if name in self.not_averaged])
 
     def state(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensors]:
         """The outer momentum, and the optimizer of each rank, which differ. Collective."""

@@ -20,6 +20,7 @@ from digitdist.data import (
     black,
     derive_seed,
     normalise,
+    seed_generators,
 )
 
 
@@ -36,15 +37,24 @@ class TrainingLoss(nn.Module):
     """Seeds the generators, augments, runs the network, and sums the cross-entropy of a micro-batch.
 
     `signal` is a parameter that is always 0 and belongs to no optimizer. Its gradient is whatever the loss multiplies it by,
-    and so carries numbers along in the gradients' all-reduce.
+    and so carries numbers along in the gradients' all-reduce. `trained`: the parameters that are; `one_graph`: whether each of
+    them gets its gradient through the graph of the loss, and not from a backward pass inside the backward pass.
     """
 
-    def __init__(self, model: nn.Module, config: Config, info: DataSetInfo, loss_history: LossHistory | NullLossHistory):
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Config,
+        info: DataSetInfo,
+        loss_history: LossHistory | NullLossHistory,
+        one_graph: bool = True,
+    ):
         super().__init__()
-        self.model, self.loss_history = model, loss_history
+        self.model, self.loss_history, self.one_graph = model, loss_history, one_graph
         self.info, self.augment = info, config.augment
         self.background = black(info)
         self.label_smoothing, self.seed = config.train.label_smoothing, config.seed
+        self.trained = [p for p in model.parameters() if p.requires_grad]
         self.signal = nn.Parameter(torch.zeros(2))
 
     def micro_batches(self, batch: Batch, sharding: Sharding, count: int) -> Iterator[MicroBatch]:
@@ -59,7 +69,7 @@ class TrainingLoss(nn.Module):
         Dropout and augmentation draw from generators keyed by (seed, step, number), whichever rank runs the micro-batch.
         """
         if not len(batch.labels):
-            return sum((p.sum() * 0 for p in self.model.parameters()), torch.zeros((), device=batch.pixels.device))
+            return sum(((p.sum() * 0).float() for p in self.trained), torch.zeros((), device=batch.pixels.device))
         seed_generators(derive_seed(self.seed, step, batch.number), batch.pixels.device)
         logits = self.model(augment(batch.pixels, self.augment, self.background)).float()
         self.loss_history.record(batch.indices, logits, batch.labels)
@@ -74,10 +84,3 @@ class TrainingLoss(nn.Module):
 def stats_tensor(loss: Tensor, stop: float) -> Tensor:
     """A loss and a number of stop requests, float32 [2] on the device of `loss`."""
     return torch.stack([loss.detach(), torch.full_like(loss, stop)])
-
-
-def seed_generators(seed: int, device: torch.device) -> None:
-    """Seeds torch's generators of the CPU and of `device`: `torch.manual_seed` without its 0.2 ms for devices not in use."""
-    torch.default_generator.manual_seed(seed)
-    if device.type != "cpu":
-        torch.get_device_module(device).manual_seed(seed)

@@ -41,6 +41,7 @@ class StepStats:
 class Strategy(ABC):
     """How ranks agree on a step. Gradients are left in ``.grad`` of every parameter.
 
+    A parameter that takes no part in a step has a gradient of 0 there, in every mode. `parameters`: those that are trained.
     `own_losses`: the summed losses of this rank's micro-batches since ranks last synchronised.
     """
 
@@ -49,7 +50,14 @@ class Strategy(ABC):
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
         self.shardings = Sharding.of_all_ranks(self.world_size, num_micro_batches)
         self.sharding = self.shardings[self.rank]
+        self.parameters = loss.trained
         self.own_losses: list[Tensor] = []
+
+    def fill_gradients(self) -> None:
+        """Gives a gradient of 0 to each parameter that took no part in the loss."""
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
 
     @property
     def in_flight(self) -> bool:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from digitdist.checkpoint import Tensors
+from digitdist.model_state import load_model_state, load_transient_buffers, model_state
 
 
 class NullAverage:
@@ -37,16 +40,28 @@ class MovingAverage:
         self.average.n_averaged = self.average.n_averaged.cpu()  # which is read in each update
         self.eval_model: nn.Module = self.average.module
         self.networks = [model, self.eval_model]
+        self.counts = [p for p in model.parameters() if not p.is_floating_point()]  # which have no average
+        self.averaged_counts = [p for p in self.eval_model.parameters() if not p.is_floating_point()]
+        self.with_extra_state = [
+            (theirs, ours)
+            for theirs, ours in zip(model.modules(), self.eval_model.modules(), strict=True)
+            if type(theirs).get_extra_state is not nn.Module.get_extra_state
+        ]
 
     def update(self) -> None:
         """Takes in the weights after a step."""
         self.average.update_parameters(self.model)
+        for ours, theirs in zip(self.averaged_counts, self.counts, strict=True):
+            ours.detach().copy_(theirs)
+        for model, average in self.with_extra_state:
+            average.set_extra_state(copy.deepcopy(model.get_extra_state()))
 
     def state(self) -> dict[str, Tensors]:
-        return {"ema": self.eval_model.state_dict()}
+        return {"ema": model_state(self.eval_model)}
 
     def restore(self, stored: dict[str, Tensors], step: int) -> None:
-        self.eval_model.load_state_dict(stored["ema"])
+        load_model_state(self.eval_model, stored["ema"])
+        load_transient_buffers(self.eval_model, stored.get("transient", {}))
         self.average.n_averaged.fill_(step)
 
 

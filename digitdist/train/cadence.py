@@ -21,8 +21,8 @@ class Due:
 
 @dataclass(frozen=True)
 class Cadence:
-    """How often, in steps, a training logs, evaluates, saves and compares the weights of its ranks; 0: only at the end, for
-    the comparison never."""
+    """How often, in steps, a training logs, evaluates, saves and compares the weights of its ranks: also at the end, and with 0
+    only there; for the comparison 0 means never."""
 
     last_step: int
     log_every: int
@@ -46,7 +46,7 @@ class Cadence:
             log=last or reached(self.log_every),
             evaluate=last or reached(self.evaluate_every),
             save=last or reached(self.save_every),
-            check=reached(self.check_every),
+            check=self.check_every > 0 and (last or reached(self.check_every)),
             last=last,
         )
 

@@ -34,6 +34,7 @@ def first_lines(setup: Setup, run: Run) -> str:
     quota = f" (CPU quota {round(plan.cpu_quota, 2)})" if plan.cpu_quota else ""
     lines = [
         *plan.notes,
+        *setup.notes,
         f"device     {plan.device_type} ({device}), world size {world.size}: {processes}",
         f"precision  {plan.precision}, sync {config.sync.mode}, threads {plan.threads} a process{quota}",
         f"batch      {order.batch_size:,} global = {share} per rank × {world.size} rank{'s' if world.size > 1 else ''}"

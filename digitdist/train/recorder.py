@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from digitdist.checkpoint import atomic_write, folder_name, weights_sha256
 from digitdist.data import AnySet, displayable
 from digitdist.evaluate import Evaluation, save_predictions
+from digitdist.model_state import model_state
 from digitdist.optim import norm
 from digitdist.runs import PREDICTIONS, RESULT, Media, Run, confusion_chart, image_table, record_end, start_tracker
 from digitdist.sync import StepStats
@@ -131,7 +132,7 @@ class Recorder:
             "images_per_second": self.order.images_seen(self.state.step) / seconds if seconds else None,
             "train_seconds": seconds,
             "peak_memory_mb": memory,
-            "weights_sha256": weights_sha256(self.state.average.eval_model.state_dict()),
+            "weights_sha256": weights_sha256(model_state(self.state.average.eval_model)),
         }
 
     def _weights_file(self) -> Path | None:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import digitdist
+from digitdist.checkpoint import weights_sha256
 from digitdist.config import Config, as_dict, nearest_folder, read_config
-from digitdist.data import Order, Splits, known_info, load_splits
+from digitdist.data import Order, Splits, known_info, load_splits, normalise
 from digitdist.distributed import Plan, make_plan
 from digitdist.errors import UserError
+from digitdist.model_checks import Traits, has_batch_norm, inspect_model
+from digitdist.model_state import model_state, transient_buffers
 from digitdist.models import build_model
 from digitdist.runs import has_wandb_key
 from digitdist.world import is_main
@@ -32,6 +36,7 @@ class Setup:
     plan: Plan
     splits: Splits
     model: nn.Module
+    traits: Traits = Traits()
 
     @cached_property
     def order(self) -> Order:
@@ -42,15 +47,32 @@ class Setup:
         """The step after which the training ends."""
         return self.order.last_step(self.config.train.epochs, self.config.train.max_steps)
 
+    @property
+    def notes(self) -> list[str]:
+        """Lines to print about what is done otherwise than one may expect."""
+        config, notes = self.config, []
+        if self.traits.layout_problem:
+            notes.append(f"layout     contiguous, since the model does not take channels-last: {self.traits.layout_problem}")
+        several_ranks = config.sync.mode == "ddp" and self.plan.world.size > 1
+        if several_ranks and has_batch_norm(self.model) and not config.sync.batch_norm:
+            notes.append(
+                "BatchNorm  takes the statistics of each rank's share here, so the result depends on the world size; with"
+                " sync.mode=exact it does not, nor, on GPUs, with sync.batch_norm=true"
+            )
+        return notes
+
     def fingerprint(self) -> dict[str, str]:
         """What must be the same on every rank: configuration but for a host's folders, code, device, data and network."""
+        state = model_state(self.model)
+        weights = weights_sha256(state | transient_buffers(self.model))[:12] if self.config.sync.check_every else "any"
         return {name: str(value) for name, value in as_dict(self.config).items() if name not in LOCAL_KEYS} | {
             "digitdist": f"version {digitdist.__version__} with sources {code_sha256()[:12]}",
             "torch": f"version {torch.__version__}",
             "device": self.plan.device_type,
             "effective train.precision": self.plan.precision,
             "data": f"{self.splits.info.name} of SHA-256 {self.splits.sha256[:12]}",
-            "model": ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in self.model.state_dict().items()),
+            "model": ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in state.items()),
+            "the initial state of the model (a function of seed alone)": f"of SHA-256 {weights}",
         }
 
 
@@ -65,7 +87,8 @@ def prepare(files: Sequence[str], overrides: Sequence[str]) -> Setup:
     """Reads the configuration and builds what it names.
 
     Raises:
-        UserError: with every mistake of configuration, launch and network, before anything is made; then that of the data.
+        UserError: with every mistake of configuration, launch and network, before anything is made; then that of the data;
+            then what is found when the network is tried on them.
     """
     config, mistakes = read_config(files, overrides)
     plan = model = None
@@ -85,4 +108,36 @@ def prepare(files: Sequence[str], overrides: Sequence[str]) -> Setup:
     if mistakes or plan is None:
         raise UserError(*mistakes)
     splits = load_splits(config.data, config.seed)
-    return Setup(config, plan, splits, model or build_model(config.model, config.seed, splits.info))
+    setup = Setup(config, plan, splits, model or build_model(config.model, config.seed, splits.info))
+    return dataclasses.replace(setup, traits=try_model(setup))
+
+
+def try_model(setup: Setup) -> Traits:
+    """Tries the network on the first training images.
+
+    Raises:
+        UserError: it cannot be trained as configured.
+    """
+    config, order = setup.config, setup.order
+    exact = config.sync.mode == "exact"
+    num_micro_batches = config.train.accumulate * (config.sync.shards if exact else setup.plan.world.size)
+    counts = {order.batch_count(step) for step in (0, min(setup.last_step, order.steps_per_epoch) - 1)}
+    if config.sync.batch_norm and min(counts) < num_micro_batches:
+        raise UserError(
+            f"sync.batch_norm=true needs an image for each of {num_micro_batches} micro-batches a step, and a step here has"
+            f" {min(counts)}; choose a data.batch_size that divides {order.num_images}, or set sync.batch_norm=false"
+        )
+
+    def first_images(count: int) -> tuple[Tensor, Tensor, int]:
+        batch = setup.splits.train.read(torch.arange(count))
+        return normalise(batch.images, setup.splits.info), batch.labels, setup.splits.info.num_classes
+
+    return inspect_model(
+        partial(build_model, config.model, config.seed, setup.splits.info),
+        first_images,
+        smallest=min(max(1, count // num_micro_batches) for count in counts),
+        largest=order.batch_count(0),
+        bf16=setup.plan.device_type == "cpu" and setup.plan.precision == "bf16",
+        mode=config.sync.mode,
+        repeatable=bool(config.sync.check_every) and (exact or setup.plan.world.size > 1),
+    )

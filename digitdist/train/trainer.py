@@ -13,6 +13,7 @@ from digitdist.data import Batch, TrainingSampler, prepare_loader
 from digitdist.distributed import Heartbeat, StopRequest, check_equal, peak_memory_mb, run_on_main
 from digitdist.errors import Fault, Stopped
 from digitdist.evaluate import Evaluation, chunked_loader, evaluate
+from digitdist.model_state import model_state
 from digitdist.optim import learning_rate, set_learning_rate
 from digitdist.runs import Run
 from digitdist.sync import StepStats, check_finite
@@ -61,6 +62,8 @@ class Trainer:
             Fault: the loss is not finite (no weight and no checkpoint has seen it), the ranks' weights differ, or the last
                 checkpoint cannot be written.
         """
+        if self.config.sync.check_every:
+            self._check_weights()
         for batch in self.batches():
             stats = self.train_step(batch)
             if stats is None:
@@ -150,7 +153,7 @@ class Trainer:
         self.phase("sync")
         tensors: dict[str, Tensor] = dict(self.state.model.named_parameters())
         if self.config.sync.mode == "exact":  # in ddp mode a rank's buffers are its own until they are needed
-            tensors |= dict(self.state.model.named_buffers())
+            tensors |= dict(self.state.model.named_buffers()) | model_state(self.state.model)
         check_equal(tensors, self.step)
 
     def log(self, stats: StepStats) -> None:

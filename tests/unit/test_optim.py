@@ -108,3 +108,16 @@ def test_restored_state_leads_to_the_same_bits(name: str):
             gradients(m, seed)
             o.step()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_a_norm_is_that_of_all_floating_point_numbers_together():
+    mixed = [
+        torch.full((4,), 2.0),
+        torch.full((9,), 1.0, dtype=torch.float64),
+        torch.arange(5),
+        torch.full((3,), 2.0).bfloat16(),
+    ]
+    assert optim.norm(mixed) == pytest.approx(math.sqrt(16 + 9 + 12), rel=1e-6)
+    ones = [torch.randn(7), torch.randn(5)]
+    assert optim.norm(ones) == float(torch.nn.utils.get_total_norm(ones))
+    assert optim.norm([]) == 0

@@ -84,6 +84,36 @@ def test_arguments_of_the_network_keep_their_types():
     assert load_config((), ["model.args={a: [1, 2]}"]).model.args == {"a": [1, 2]}
 
 
+NUMBERS = {"1e-1": 0.1, "5e-4": 5e-4, ".5": 0.5, "0o17": 15, "0x1F": 31, "017": 17, "-3": -3, "1e3": 1000.0, "3.": 3.0}
+NOT_NUMBERS = {"true": True, "False": False, "null": None, "~": None} | {
+    text: text for text in ("yes", "no", "on", "off", "1:30", "2026-01-01", "1_000", "0b11", "e3", "nan", "inf")
+}
+
+
+@pytest.mark.parametrize(("text", "value"), (NUMBERS | NOT_NUMBERS).items())
+def test_values_are_those_of_yaml_1_2(tmp_path: Path, text: str, value: object):
+    (tmp_path / "c.yaml").write_text(f"model: {{args: {{a: {text}, b: [{text}]}}}}\n")
+    overrides = (f"model.args.a={text}", f"model.args.b=[{text}]")
+    for loaded in (load_config([str(tmp_path / "c.yaml")]), load_config((), overrides)):
+        assert loaded.model.args == {"a": value, "b": [value]}
+        assert type(loaded.model.args["a"]) is type(value)
+
+
+@pytest.mark.parametrize("text", ["1e3", "0o17", "yes", "5e-4", "1:30", "017", "2026-01-01", "null", "a: b"])
+def test_text_stays_text_through_a_saved_configuration(tmp_path: Path, text: str):
+    loaded = load_config((), [f"tracking.name={text}", f"model.args={{a: '{text}'}}"])
+    config.save_config(loaded, tmp_path / "c.yaml")
+    assert load_config([str(tmp_path / "c.yaml")]) == loaded
+    assert yaml.safe_load((tmp_path / "c.yaml").read_text())["model"]["args"] == {"a": text}, "for a reader of YAML 1.1 too"
+
+
+def test_a_text_key_of_a_file_takes_text_that_looks_like_a_number(tmp_path: Path):
+    (tmp_path / "c.yaml").write_text("run: {name: 1e3}\ntracking: {tags: [5e-4, no], name: no, notes: 2026-01-01}\n")
+    loaded = load_config([str(tmp_path / "c.yaml")])
+    assert (loaded.run.name, loaded.tracking.tags) == ("1e3", ["5e-4", "no"])
+    assert (loaded.tracking.name, loaded.tracking.notes) == ("no", "2026-01-01")
+
+
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
@@ -111,6 +141,7 @@ def test_arguments_of_the_network_keep_their_types():
         ("tracking.tags=a", ["tracking.tags=a", "a list of texts"]),
         ("tracking.tags=[[1]]", ["tracking.tags=[[1]]", "a list of texts"]),
         ("loud", ["'loud' is not key=value"]),
+        ("optim.lr=yes", ["optim.lr=yes", "a number"]),
     ],
 )
 def test_a_mistake_is_reported_with_its_value_and_what_is_allowed(override: str, parts: list[str]):
@@ -175,6 +206,19 @@ def test_changes_are_named_if_they_alter_the_result():
 def test_a_key_may_alter_the_result_in_one_mode_alone(mode: str, name: str):
     assert KEYS[name].alters_result_in(mode)
     assert not KEYS[name].alters_result_in("ddp")
+
+
+@pytest.mark.parametrize(("mode", "reason"), [("exact", "each shard"), ("local", "do not meet")])
+def test_batchnorm_over_ranks_is_for_ddp_alone(mode: str, reason: str):
+    (reported,) = mistakes("sync.batch_norm=true", f"sync.mode={mode}")
+    assert reason in reported
+
+
+def test_a_key_that_an_older_version_did_not_have_had_its_default_then():
+    new = config.as_dict(load_config())
+    old = {name: value for name, value in new.items() if name != "sync.batch_norm"}
+    assert config.result_changes(old, new) == []
+    assert config.result_changes(old, new | {"sync.batch_norm": True}) == ["sync.batch_norm was False and is now True"]
 
 
 def test_an_unknown_key_of_an_older_version_counts_as_a_change():

@@ -152,6 +152,11 @@ def test_threads_share_the_cores(monkeypatch: pytest.MonkeyPatch):
     assert make_plan(load_config()).threads == 1
 
 
+def test_batchnorm_over_ranks_needs_cuda_and_the_way_out_is_named():
+    with pytest.raises(UserError, match=r"needs CUDA; set it to false, or set sync\.mode=exact"):
+        make_plan(load_config((), ["sync.batch_norm=true"]))
+
+
 def test_mistakes_of_a_launch_are_reported_together(monkeypatch: pytest.MonkeyPatch):
     in_world(monkeypatch, 9)
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")

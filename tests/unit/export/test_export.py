@@ -56,6 +56,8 @@ print(counted(lambda images: model(torch.from_numpy(images)).detach().numpy()))
 assert not [name for name in sys.modules if name.startswith("digitdist.")]
 """
 
+MNIST = data.DATA_SETS["mnist"]
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, mnist_root: Path) -> Path:

@@ -41,6 +41,10 @@ def test_zero_means_at_the_end_only_and_for_comparisons_never():
     assert rarely.between(9, 10) == Due(log=True, evaluate=True, save=True, check=False, last=True)
 
 
+def test_weights_are_compared_at_the_end_of_a_short_run_too():
+    assert Cadence(last_step=10, log_every=20, evaluate_every=0, save_every=0, check_every=200).between(9, 10).check
+
+
 def test_weights_must_be_equal_where_they_are_evaluated_or_saved():
     assert [step for step in range(1, 101) if CADENCE.needs_equal_weights(step)] == [30, 50, 60, 90, 100]
     rarely = Cadence(last_step=10, log_every=1, evaluate_every=0, save_every=0, check_every=1)

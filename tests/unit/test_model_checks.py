@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from helpers import awkward
+from torch import nn
+
+from digitdist.config import ModelConfig
+from digitdist.errors import UserError
+from digitdist.model_checks import Traits, inspect_model
+from digitdist.models import MODELS, build_model
+
+PIXELS, LABELS = torch.rand(12, 1, 28, 28, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 10
+
+
+def inspect(build: Callable[[], nn.Module], smallest: int = 12, mode: str = "ddp") -> Traits:
+    def seeded() -> nn.Module:
+        torch.manual_seed(0)
+        return build()
+
+    return inspect_model(seeded, lambda count: (PIXELS[:count], LABELS[:count]), smallest, len(PIXELS), bf16=False, mode=mode)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_networks_of_the_package_take_channels_last_and_have_one_graph(name: str):
+    assert inspect(lambda: build_model(ModelConfig(name), 0)) == Traits()
+
+
+def test_a_network_that_takes_no_channels_last_has_the_reason():
+    traits = inspect(awkward.Convolution)
+    assert "view size is not compatible" in traits.layout_problem
+    assert traits.layout == torch.contiguous_format
+    assert inspect(awkward.Volume).layout == torch.contiguous_format
+
+
+class Strided(awkward.Base):
+    """It reads memory as if it knew its order."""
+
+    def __init__(self) -> None:
+        super().__init__(20)
+        self.conv = nn.Conv2d(1, 20, 28)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.pad(self.conv(images), (0, 1, 0, 1), value=9.0)
+        return self.head(x.as_strided((len(x), 20), (80, 4)))
+
+
+def test_a_network_that_gives_other_logits_in_channels_last_does_not_take_it():
+    assert inspect(Strided).layout_problem == "its logits differ in that layout"
+
+
+def test_gradients_of_a_backward_pass_inside_the_backward_pass_are_noticed():
+    assert not inspect(awkward.ReentrantlyCheckpointed).one_graph
+    assert inspect(awkward.Checkpointed).one_graph
+
+
+def test_a_trial_takes_more_images_only_where_the_network_needs_them():
+    assert inspect(awkward.GhostNorm, smallest=12) == Traits()
+    with pytest.raises(UserError, match="cannot be trained on 5 images at once"):
+        inspect(awkward.GhostNorm, smallest=5)
+    with pytest.raises(UserError, match="cannot be trained on 1 image at once"):
+        inspect(awkward.DoubleNorm, smallest=1)
+
+
+def test_initial_weights_of_a_generator_of_ones_own_are_refused_by_name():
+    with pytest.raises(UserError, match=r"initial values of head\.bias are not a function of the seed"):
+        inspect(awkward.OwnGenerator)
+
+
+def test_layers_that_a_mode_cannot_have_are_refused_by_name():
+    with pytest.raises(UserError, match="norm has momentum=None"):
+        inspect(awkward.WithoutMomentum, mode="exact")
+    for mode in ("exact", "local"):
+        with pytest.raises(UserError, match="1 is a SyncBatchNorm"):
+            inspect(lambda: nn.Sequential(nn.Flatten(), nn.SyncBatchNorm(784), nn.Linear(784, 10)), mode=mode)
+
+
+def test_a_trial_leaves_the_generators_as_they_were():
+    def states() -> list[object]:
+        return [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()]
+
+    before = states()
+    inspect(awkward.AlwaysDropout)
+    assert states() == before
+
+
+def test_numpys_and_pythons_generators_follow_the_seed():
+    config = ModelConfig(target="helpers.awkward.OtherGenerators")
+    first, again, other = (build_model(config, seed).state_dict() for seed in (3, 3, 4))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not any(torch.equal(first[name], other[name]) for name in first)
