@@ -7,9 +7,14 @@ import pytest
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from helpers.wandb_server import Server
+from hypothesis import settings
 
 from digitdist.config import load_config
 from digitdist.data import Splits, load_splits
+
+# A busy machine may make any example slow; each test has a timeout of its own.
+settings.register_profile("digitdist", deadline=None)
+settings.load_profile("digitdist")
 
 
 @pytest.fixture(scope="session")
