@@ -109,7 +109,7 @@ def error_of(picture: Image.Image) -> str | None:
 
 @pytest.mark.slow
 def test_hardly_a_digit_of_mnist_is_taken_for_two_and_hardly_two_for_one(splits: Splits):
-    singles = [error_of(padded(pixels)) for pixels in splits.test.images[:2000].numpy()]
+    singles = [error_of(padded(pixels)) for pixels in splits.test.images[:1000].numpy()]
     pairs = [error_of(padded(np.hstack([*pair]))) for pair in splits.test.images[:200].view(100, 2, 28, 28).numpy()]
-    assert sum(error is not None for error in singles) <= 2, "0.1 %"
+    assert sum(error is not None for error in singles) <= 1, "0.1 %"
     assert sum(error is not None and "2 digits side by side" in error for error in pairs) >= 97
