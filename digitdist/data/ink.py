@@ -5,33 +5,75 @@ from __future__ import annotations
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.nn import functional as F
 
+from digitdist.data.paper import paper_from_border, paper_nearby
 from digitdist.errors import UserError
 
 COARSE_SIDE = 64  # the resolution at which connected patches are found
 LEAST_CONTRAST = 0.06  # ink that differs from the paper by less, of 1, is none
-FAINT = 0.12  # ink weaker than this fraction of the full ink is not part of the digit
+PHOTOGRAPH = 64  # a picture with smaller sides is none: it shows too little to tell ink from shadows
+# Light is uneven where paper is between these fractions of full ink away from the border's (ink itself is further, or paper
+# appears lighter than that while ink is darker), in an area wider than the edges of strokes, twice this part of the picture's
+# side, and so large a part of the picture.
+SHADOW = (0.2, 0.85, 0.015, 0.015)
+DARKEST = 0.08  # paper is taken to be at least so bright where ink is compared with it, or noise would be ink
+FAINT = 0.12  # ink weaker than this fraction of the full ink is not part of the digit,
+BODY = (0.35, 0.02)  # nor ink weaker than this that lies further, in parts of the picture's side, from where it is stronger
 SPECK = 0.04  # neither is a patch with less than this fraction of the largest patch's ink
+RIM = 0.1  # neither are patches at the picture's rim, where one inside has more than this fraction of the largest's ink
+AS_TALL = 0.65  # what stands beside a digit and has this fraction of its height is another digit
 
 
 def extract_ink(image: Image.Image) -> np.ndarray:
     """How much ink there is at each pixel of an RGBA picture, float32 [h, w] in 0..1: the distance from the paper's colour,
-    which is that of the border.
+    which is that of the border, or in uneven light that of the surroundings.
 
     Raises:
         UserError: there is no ink.
     """
-    pixels = np.asarray(image, dtype=np.float32) / 255
-    colour, alpha = _without_transparency(pixels[..., :3], pixels[..., 3])
-    distance = alpha * np.linalg.norm(colour - _paper(colour, alpha), axis=2)
-    strong = 2 * distance > distance.max()
-    full = np.percentile(distance[strong], 90) if strong.any() else 0
-    noise = np.median(distance[~strong])
+    distance = _distance_from_paper(image)
+    full = _full(distance)
+    noise = np.median(distance[2 * distance <= distance.max()])
     if full < max(LEAST_CONTRAST, 6 * noise):
         raise UserError("it is blank: there is no ink in it")
     distance[distance < max(FAINT * full, 4 * noise)] = 0
-    return _without_specks((distance / full).clip(0, 1).astype(np.float32))
+    reach = max(2, round(BODY[1] * max(distance.shape)))
+    body = torch.from_numpy(distance > BODY[0] * full).float()
+    return _without_specks((distance * _widened(body, reach).numpy() / full).clip(0, 1).astype(np.float32))
+
+
+def _distance_from_paper(image: Image.Image) -> np.ndarray:
+    """How far each pixel's colour is from the paper's there, [h, w]; in uneven light as a part of the paper's brightness."""
+    pixels = np.asarray(image, dtype=np.float32) / 255
+    colour, alpha = _without_transparency(pixels[..., :3], pixels[..., 3])
+    paper = paper_from_border(colour, alpha)
+    distance = alpha * np.linalg.norm(colour - paper, axis=2)
+    if max(image.size) < PHOTOGRAPH or pixels[..., 3].min() < 1:
+        return distance
+    smooth, nearby = paper_nearby(image)
+    changed = np.linalg.norm(nearby - paper, axis=2)
+    least, most = SHADOW[0] * _full(distance), SHADOW[1] * _full(distance)
+    against = (smooth - nearby).sum() * (nearby - paper).sum(2) < 0  # ink is on one side of the paper, this on the other
+    shaded = (changed > least) & (distance > least) & ((distance < most) | against)
+    reach = round(SHADOW[2] * max(image.size))
+    if 1 - _widened(torch.from_numpy(~shaded).float(), reach).mean() < SHADOW[3]:
+        return distance
+    return np.linalg.norm(1 - smooth / np.maximum(nearby, DARKEST), axis=2)
+
+
+def _full(distance: np.ndarray) -> float:
+    """The distance from the paper of full ink: most of what is at least half as far as the farthest."""
+    strong = 2 * distance > distance.max()
+    return float(np.percentile(distance[strong], 90)) if strong.any() else 0.0
+
+
+def _widened(mask: Tensor, reach: int) -> Tensor:
+    """The mask, float32 [h, w] of zeros and ones, with ones up to `reach` pixels further."""
+    for size, padding in (((2 * reach + 1, 1), (reach, 0)), ((1, 2 * reach + 1), (0, reach))):  # one axis at a time: far faster
+        mask = F.max_pool2d(mask[None], size, stride=1, padding=padding)[0]
+    return mask
 
 
 def extent(mask: np.ndarray) -> tuple[slice, slice]:
@@ -51,37 +93,45 @@ def _without_transparency(colour: np.ndarray, alpha: np.ndarray) -> tuple[np.nda
     return alpha[..., None], np.ones_like(alpha)
 
 
-def _paper(colour: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """The paper's colour at each pixel of [h, w, c], also in uneven light: a quadratic fitted to most of the border."""
-    height, width = alpha.shape
-    y, x = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij")
-    terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=2)
-    depth = max(1, min(height, width) // 40)
-    border = np.ones(alpha.shape, dtype=bool)
-    border[depth:-depth, depth:-depth] = False
-    if (alpha[border] > 0.5).any():
-        border &= alpha > 0.5
-    wanted, known = colour[border], terms[border]
-    guess = np.median(wanted, axis=0)
-    if (np.abs(wanted - guess).max(1) < 0.01).mean() > 0.5:
-        return guess  # even light
-    for _ in range(8):  # least absolute deviations, by reweighting: ink that runs over the border hardly counts
-        weighted = known / np.maximum(np.linalg.norm(wanted - guess, axis=1, keepdims=True), 1e-3)
-        solution = np.linalg.lstsq(weighted.T @ known, weighted.T @ wanted, rcond=1e-9)[0]
-        guess = known @ solution
-    return (terms @ solution).clip(0, 1)
+def count_side_by_side(ink: np.ndarray) -> int:
+    """How many digits stand side by side in ink [h, w] that fills it: tall patches with free columns between them.
+
+    Strokes of one digit lie above each other, are close together, or are far less tall than the digit.
+    """
+    patch = _patches(ink)[0]
+    groups: list[list[int]] = []  # right end, top and bottom of patches that share columns
+    for rows, columns in sorted(
+        (extent(patch == number) for number in np.unique(patch[patch > 0])), key=lambda box: box[1].start
+    ):
+        if not groups or columns.start >= groups[-1][0]:
+            groups.append([columns.stop, rows.start, rows.stop])
+        right, top, bottom = groups[-1]
+        groups[-1] = [max(right, columns.stop), min(top, rows.start), max(bottom, rows.stop)]
+    heights = [bottom - top for _, top, bottom in groups]
+    return sum(height >= AS_TALL * max(heights) for height in heights)
 
 
-def _without_specks(ink: np.ndarray) -> np.ndarray:
-    """The ink without patches that are tiny beside the largest one: dust and noise."""
+def _patches(ink: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    """Numbers of the connected patches of ink, int64 [H, W], 0 where there is none, the ink there, float32 [H, W], and by what
+    factor H and W are less than the ink's h and w."""
     factor = -(-max(ink.shape) // COARSE_SIDE)
-    coarse = F.max_pool2d(torch.from_numpy(ink)[None, None], factor, ceil_mode=True)
-    mass = F.avg_pool2d(torch.from_numpy(ink)[None, None], factor, ceil_mode=True).flatten()
-    mask = (coarse > 0).float()
+    fine = torch.from_numpy(ink)[None, None]
+    mask = (F.max_pool2d(fine, factor, ceil_mode=True) > 0).float()
     patch = torch.arange(1.0, mask.numel() + 1).view(mask.shape) * mask
     while not torch.equal(patch, grown := F.max_pool2d(patch, 3, stride=1, padding=1) * mask):
         patch = grown  # until each patch has one number
-    sums = torch.zeros(mask.numel() + 1).index_add_(0, patch.flatten().long(), mass)
-    kept = (sums[patch.long()] >= SPECK * sums.max()) & (patch > 0)
-    kept = kept[0, 0].repeat_interleave(factor, 0).repeat_interleave(factor, 1)
-    return ink * kept[: ink.shape[0], : ink.shape[1]].numpy()
+    return patch[0, 0].long().numpy(), F.avg_pool2d(fine, factor, ceil_mode=True)[0, 0].numpy(), factor
+
+
+def _without_specks(ink: np.ndarray) -> np.ndarray:
+    """The ink without patches that are tiny beside the largest one, dust and noise, and without what comes in from the rim."""
+    patch, mass, factor = _patches(ink)
+    sums = np.bincount(patch.flat, mass.flat)
+    sums[0] = 0
+    inner = sums.copy()
+    inner[np.concatenate([patch[0], patch[-1], patch[:, 0], patch[:, -1]])] = 0
+    if inner.max() > RIM * sums.max():
+        sums = inner
+    kept = (sums >= SPECK * sums.max())[patch] & (patch > 0)
+    kept = kept.repeat(factor, 0).repeat(factor, 1)
+    return ink * kept[: ink.shape[0], : ink.shape[1]]

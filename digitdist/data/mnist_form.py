@@ -8,11 +8,14 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from digitdist.data.ink import extent, extract_ink
+from digitdist.data.ink import count_side_by_side, extent, extract_ink
+from digitdist.errors import UserError
 
 SIDE = 28
 BOX = 20  # MNIST's digits fill a box of so many pixels
 EDGE = 0.25  # ink at which the box of the digit ends; artefacts around the ink are weaker
+BOXES = (19, 20)  # the longer side of the ink in each of MNIST's 70,000 images,
+CENTRES = (13.4, 14.6)  # and where the centre of mass is on both axes
 PEN_WIDTHS = (1.5, 5.0)  # thinnest and thickest mean stroke, in pixels of the box: about MNIST's own range
 
 
@@ -21,12 +24,18 @@ def mnist_form(image: Image.Image) -> Tensor:
 
     It is scaled to fit a box of 20×20 pixels, its aspect ratio kept, with antialiasing, and put with its centre of mass at
     the centre of 28×28, as in Y. LeCun, L. Bottou, Y. Bengio and P. Haffner, Gradient-Based Learning Applied to Document
-    Recognition, Proc. IEEE 86(11), 1998, section III.A. A pen far thinner or thicker than MNIST's is brought to its range.
+    Recognition, Proc. IEEE 86(11), 1998, section III.A. A pen far thinner or thicker than MNIST's is brought to its range. An
+    image that is in this form already, light on dark or dark on light, keeps each value.
 
     Raises:
-        UserError: there is no ink.
+        UserError: there is no ink, or more than one digit.
     """
+    kept = _kept(image)
+    if kept is not None:
+        return torch.from_numpy(kept)
     ink = _crop(extract_ink(image))
+    if (count := count_side_by_side(ink)) > 1:
+        raise UserError(f"it holds {count} digits side by side; give one digit a picture")
     ink = _crop(_adjust_pen(ink))
     scale = BOX / max(ink.shape)
     height, width = (max(1, round(side * scale)) for side in ink.shape)
@@ -38,6 +47,23 @@ def mnist_form(image: Image.Image) -> Tensor:
     form = torch.zeros(SIDE, SIDE, dtype=torch.uint8)
     form[row : row + height, column : column + width] = torch.from_numpy((255 * small).round().astype(np.uint8))
     return form
+
+
+def _kept(image: Image.Image) -> np.ndarray | None:
+    """The values of a picture that is in MNIST's form, uint8 [28, 28], light on dark; None for any other picture."""
+    if image.size != (SIDE, SIDE):
+        return None
+    pixels = np.asarray(image)
+    grey = pixels[..., 0]
+    if (pixels[..., 3] != 255).any() or (pixels[..., 1:3] != grey[..., None]).any():
+        return None
+    values = 255 - grey if grey[0, 0] > 127 else grey
+    rows, columns = values.sum(1, dtype=np.int64), values.sum(0, dtype=np.int64)
+    sides = [np.ptp(np.flatnonzero(sums)) + 1 if sums.any() else 0 for sums in (rows, columns)]
+    if max(sides) not in BOXES:
+        return None
+    centres = [sums @ np.arange(SIDE) / sums.sum() for sums in (rows, columns)]
+    return values.copy() if all(CENTRES[0] <= centre < CENTRES[1] for centre in centres) else None
 
 
 def _adjust_pen(ink: np.ndarray) -> np.ndarray:

@@ -1,7 +1,8 @@
 """The command ``python -m digitdist.predict``: the digit in each image file, by the model of a run, on one process.
 
-Any picture of one digit will do: of any size and colours, dark on light or light on dark, with or without transparency. A
-file that holds no digit is one ``error:`` line and does not stop the others. It needs the run's folder alone.
+Any picture of one digit will do: of any size and colours, dark on light or light on dark, with or without transparency, in even
+light or with a shadow across it. A file that holds no digit, or several side by side, is one ``error:`` line and does not stop
+the others. It needs the run's folder alone.
 
     python -m digitdist.predict RUN IMAGE...
 """

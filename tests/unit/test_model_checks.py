@@ -10,9 +10,12 @@ from helpers import awkward
 from torch import nn
 
 from digitdist.config import ModelConfig
+from digitdist.data import DATA_SETS
 from digitdist.errors import UserError
 from digitdist.model_checks import Traits, inspect_model
 from digitdist.models import MODELS, build_model
+
+MNIST = DATA_SETS["mnist"]
 
 PIXELS, LABELS = torch.rand(12, 1, 28, 28, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 10
 
@@ -22,12 +25,14 @@ def inspect(build: Callable[[], nn.Module], smallest: int = 12, mode: str = "ddp
         torch.manual_seed(0)
         return build()
 
-    return inspect_model(seeded, lambda count: (PIXELS[:count], LABELS[:count]), smallest, len(PIXELS), bf16=False, mode=mode)
+    return inspect_model(
+        seeded, lambda count: (PIXELS[:count], LABELS[:count], 10), smallest, len(PIXELS), bf16=False, mode=mode
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_networks_of_the_package_take_channels_last_and_have_one_graph(name: str):
-    assert inspect(lambda: build_model(ModelConfig(name), 0)) == Traits()
+    assert inspect(lambda: build_model(ModelConfig(name), 0, MNIST)) == Traits()
 
 
 def test_a_network_that_takes_no_channels_last_has_the_reason():
@@ -90,6 +95,6 @@ def test_a_trial_leaves_the_generators_as_they_were():
 
 def test_numpys_and_pythons_generators_follow_the_seed():
     config = ModelConfig(target="helpers.awkward.OtherGenerators")
-    first, again, other = (build_model(config, seed).state_dict() for seed in (3, 3, 4))
+    first, again, other = (build_model(config, seed, MNIST).state_dict() for seed in (3, 3, 4))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not any(torch.equal(first[name], other[name]) for name in first)

@@ -15,11 +15,8 @@ from helpers.launching import CLEAN, python
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
-from digitdist import checkpoint
-from digitdist.config import load_config, save_config
-from digitdist.data import DATA_SETS, Splits, mnist_form, normalise, open_picture
+from digitdist.data import DATA_SETS, Splits, mnist_form, open_picture
 from digitdist.errors import EXIT_USER_ERROR, UserError
-from digitdist.models import build_model
 from digitdist.predict.__main__ import main, predict
 
 MNIST = DATA_SETS["mnist"]
@@ -28,27 +25,6 @@ Array = np.ndarray
 pytestmark = pytest.mark.slow
 
 NUM_TEST = 200
-
-
-@pytest.fixture(scope="session")
-def trained(splits: Splits, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
-    """A run's folder with a checkpoint of 250 steps, and the model in it; elsewhere than its configuration says."""
-    run = tmp_path_factory.mktemp("runs") / "mine"
-    run.mkdir()
-    torch.set_num_threads(1)
-    config = load_config()
-    config.data.root = config.run.dir = "/proc/another/machine"
-    model = build_model(config.model, seed=0, info=MNIST)
-    optimizer = torch.optim.Adam(model.parameters(), 0.003)
-    for places in torch.randperm(60000, generator=torch.Generator().manual_seed(0)).split(100)[:250]:
-        optimizer.zero_grad()
-        logits = model(normalise(splits.train.images[places], DATA_SETS["mnist"]))
-        nn.functional.cross_entropy(logits, splits.train.labels[places]).backward()
-        optimizer.step()
-    state = {"step": 250, "best": None}
-    checkpoint.write(run / "checkpoints", checkpoint.Checkpoint({"model": model.state_dict()}, state), keep=1)
-    save_config(config, run / "config.yaml")
-    return run, model.eval()
 
 
 def file_of(picture: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -105,8 +81,8 @@ def same(form: Tensor, other: Tensor, tolerance: float = 3) -> bool:
 @pytest.mark.parametrize(
     ("disguise", "agreement"),
     [
-        (lambda pixels: pixels, 0.99),
-        (lambda pixels: 255 - pixels, 0.99),
+        (lambda pixels: pixels, 1),
+        (lambda pixels: 255 - pixels, 1),
         (enlarged, 0.97),
         (lambda pixels: 255 - enlarged(pixels), 0.97),
         (coloured, 0.97),
@@ -122,16 +98,6 @@ def test_a_test_image_is_predicted_as_in_an_evaluation_whatever_it_looks_like(
     forms = torch.stack([form_of(disguise(pixels)) for pixels in images.numpy()])
     ours, wanted = (predict(trained[1], form, DATA_SETS["mnist"]).argmax(1) for form in (forms, images))
     assert (ours == wanted).float().mean() >= agreement
-
-
-def test_an_image_in_mnists_form_keeps_it_but_for_rounding(splits: Splits):
-    kept = 0
-    for pixels in splits.test.images[:NUM_TEST].numpy():
-        form = form_of(pixels)
-        assert form.dtype == torch.uint8
-        assert any(same(form.roll((y, x), (0, 1)), torch.from_numpy(pixels)) for y in (0, 1, -1) for x in (0, 1, -1))
-        kept += same(form, torch.from_numpy(pixels), 2)
-    assert kept >= 0.95 * NUM_TEST
 
 
 @pytest.mark.parametrize("size", [(300, 200), (160, 165), (900, 170), (200, 1500)])
