@@ -53,8 +53,8 @@ def inspect_model(
 ) -> Traits:
     """Tries the network that `build` makes on images with their labels; the generators are left as they were.
 
-    ``images(n)`` gives pixels, float32 [n, c, h, w], and labels, int64 [n], of n training images, and the number of classes; the
-    smallest micro-batch of the run has `smallest` images, a global batch `largest`; `mode` is `sync.mode`; with `repeatable`
+    ``images(n)`` gives pixels, float32 [n, c, h, w], and labels, int64 [n], of n training images, and the number of classes;
+    the smallest micro-batch of the run has `smallest` images, a global batch `largest`; `mode` is `sync.mode`; with `repeatable`
     two builds must be equal.
 
     Raises:

@@ -25,9 +25,10 @@ def inspect(build: Callable[[], nn.Module], smallest: int = 12, mode: str = "ddp
         torch.manual_seed(0)
         return build()
 
-    return inspect_model(
-        seeded, lambda count: (PIXELS[:count], LABELS[:count], 10), smallest, len(PIXELS), bf16=False, mode=mode
-    )
+    def images(count: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+        return PIXELS[:count], LABELS[:count], 10
+
+    return inspect_model(seeded, images, smallest, len(PIXELS), bf16=False, mode=mode)
 
 
 @pytest.mark.parametrize("name", MODELS)

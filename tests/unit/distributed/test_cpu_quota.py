@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from digitdist.distributed.cpu_quota import cpu_quota
+from digitdist.distributed.quotas import cpu_quota
 from digitdist.distributed.device import num_cores
 
 V1_MOUNT = "32 31 0:29 {} /sys/fs/cgroup/cpu,cpuacct rw,relatime shared:9 - cgroup cgroup rw,cpu,cpuacct"
@@ -111,6 +111,6 @@ def group() -> Iterator[Path]:
 def test_a_process_in_a_real_group_finds_its_quota(group: Path):
     code = (
         f"import os; open('{group}/cgroup.procs', 'w').write(str(os.getpid()))\n"
-        "from digitdist.distributed.cpu_quota import cpu_quota; print(cpu_quota())"
+        "from digitdist.distributed.quotas import cpu_quota; print(cpu_quota())"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "1.5\n"
