@@ -54,8 +54,8 @@ def inspect_model(
     """Tries the network that `build` makes on images with their labels; the generators are left as they were.
 
     ``images(n)`` gives pixels, float32 [n, c, h, w], and labels, int64 [n], of n training images, and the number of classes;
-    the smallest micro-batch of the run has `smallest` images, a global batch `largest`; `mode` is `sync.mode`; with `repeatable`
-    two builds must be equal.
+    the smallest micro-batch of the run has `smallest` images, a global batch `largest`; `mode` is `sync.mode`; with
+    `repeatable` two builds must be equal.
 
     Raises:
         UserError: naming what cannot be trained, stored or repeated, and the way out.

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from digitdist.config import Config, ModelConfig
-from digitdist.distributed.quotas import cpu_quota
 from digitdist.distributed.device import X86_BF16, accelerator_type, cpu_features, describe_instructions, lacks, num_cores
+from digitdist.distributed.quotas import cpu_quota
 from digitdist.errors import UserError
 from digitdist.world import World, environment_flag, read_world
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from digitdist.distributed.quotas import cpu_quota
 from digitdist.distributed.device import num_cores
+from digitdist.distributed.quotas import cpu_quota
 
 V1_MOUNT = "32 31 0:29 {} /sys/fs/cgroup/cpu,cpuacct rw,relatime shared:9 - cgroup cgroup rw,cpu,cpuacct"
 V2_MOUNT = "41 31 0:38 {} /sys/fs/cgroup rw,relatime - cgroup2 cgroup2 rw"
