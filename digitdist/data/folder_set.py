@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from digitdist.data.forms import picture_form
@@ -43,8 +43,9 @@ class FolderItems:
 
     def sha256(self) -> str:
         """Over what the images are made from: names, sizes and times of the files, classes, and the form of an image."""
-        content = [str(self.folder.resolve()), self.names, self.labels, self.stamps, self.info.to_json()]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        digest = hashlib.sha256("\0".join([str(self.folder.resolve()), self.info.to_json(), *self.names]).encode())
+        digest.update(np.array([self.labels, *zip(*self.stamps, strict=True)], dtype=np.int64).tobytes())
+        return digest.hexdigest()
 
 
 def folder_classes(root: Path) -> tuple[str, ...]:
@@ -98,7 +99,7 @@ def _pictures(folder: str, name: str) -> list[tuple[str, tuple[int, int]]]:
         below = f"{name}/{entry.name}"
         if entry.is_dir():
             found += _pictures(entry.path, below)
-        elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:
+        elif f".{entry.name.rpartition('.')[2].lower()}" in SUFFIXES:
             status = entry.stat()
             found.append((below, (status.st_size, status.st_mtime_ns)))
     return found
