@@ -47,18 +47,19 @@ def evaluate(accelerator: Accelerator, model: nn.Module, loader: Iterable[Batch]
 
 def _predict(accelerator: Accelerator, model: nn.Module, loader: Iterable[Batch], info: DataSetInfo) -> tuple[Tensor, Tensor]:
     """This rank's logits, float32 [n, 10], and the index and label of each, int64 [n, 2]."""
-    batches: list[Batch] = []
+    indices: list[Tensor] = []
+    labels: list[Tensor] = []
     logits = [torch.empty(0, NUM_CLASSES, device=accelerator.device)]
     was_training = model.training
     model.eval()
     with torch.inference_mode(), accelerator.autocast():
         for batch in loader:
-            batches.append(batch)
+            indices.append(batch.indices)
+            labels.append(batch.labels)
             if len(batch.labels):
                 logits.append(model(normalise(batch.images, info)))
     model.train(was_training)
-    columns = (torch.cat([b.indices for b in batches]), torch.cat([b.labels for b in batches]))
-    return torch.cat([part.float() for part in logits]), torch.stack(columns, 1)
+    return torch.cat([part.float() for part in logits]), torch.stack([torch.cat(indices), torch.cat(labels)], 1)
 
 
 def check_each_once(index: np.ndarray, expected: Tensor) -> None:
