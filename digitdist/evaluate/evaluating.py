@@ -52,22 +52,23 @@ def _predict(accelerator: Accelerator, model: nn.Module, loader: Iterable[Batch]
     What a network draws at random depends on the chunk alone, and what it writes into its buffers is undone: neither the world
     size nor the number of evaluations has an influence.
     """
-    batches: list[Batch] = []
+    indices: list[Tensor] = []
+    labels: list[Tensor] = []
     logits = [torch.empty(0, info.num_classes, device=accelerator.device)]
     was_training = model.training
     model.eval()
     saved = SavedBuffers(model)
     with torch.inference_mode(), accelerator.autocast():
         for turn, batch in enumerate(loader):
-            batches.append(batch)
+            indices.append(batch.indices)
+            labels.append(batch.labels)
             if len(batch.labels):
                 chunk = turn * accelerator.num_processes + accelerator.process_index
                 seed_generators(derive_seed("evaluation", chunk), accelerator.device)
                 logits.append(model(normalise(batch.images, info)))
     model.train(was_training)
     saved.restore()
-    columns = (torch.cat([b.indices for b in batches]), torch.cat([b.labels for b in batches]))
-    return torch.cat([part.float() for part in logits]), torch.stack(columns, 1)
+    return torch.cat([part.float() for part in logits]), torch.stack([torch.cat(indices), torch.cat(labels)], 1)
 
 
 def check_each_once(index: np.ndarray, expected: Tensor) -> None:

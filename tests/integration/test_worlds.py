@@ -108,11 +108,11 @@ EXACT = (*TRAIN, "sync.mode=exact", "run.name=a")
 OPTIONS = {
     "everything at once": (
         *("model.name=cnn_batchnorm", "optim.name=adamw", "optim.ema=0.9", "optim.clip_norm=0.5", "train.precision=bf16"),
-        *("schedule.name=onecycle", "augment.rotate=10", "augment.scale=0.1", "train.accumulate=2", "data.batch_size=301"),
+        *("schedule.name=onecycle", "augment.rotate=10", "augment.scale=0.1", "train.accumulate=2", "data.batch_size=1001"),
         *("train.label_smoothing=0.1", "train.max_steps=8", "train.log_every=1", "data.validation=500", "sync.check_every=3"),
     ),
     "batches of 7000, sgd, focused": (
-        *("data.batch_size=7000", "train.max_steps=11", "optim.name=sgd", "optim.lr=0.05", "train.log_every=1", "data.focus=4"),
+        *("data.batch_size=7000", "train.epochs=2", "optim.name=sgd", "optim.lr=0.05", "train.log_every=1", "data.focus=4"),
     ),
 }
 

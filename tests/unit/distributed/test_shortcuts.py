@@ -42,7 +42,7 @@ def test_an_eager_optimizer_takes_torchs_steps_to_the_bit(name: str):
     assert isinstance(optimizers[1], kind)
 
 
-@pytest.mark.parametrize(("without", "imported"), [("", "False"), ("allocator,compiler", "True")])
+@pytest.mark.parametrize(("without", "imported"), [("", "False"), ("compiler", "True"), ("allocator,compiler", "True")])
 def test_an_eager_optimizer_does_not_import_torchs_compiler(without: str, imported: str):
     env = CLEAN | {"DIGITDIST_WITHOUT": without}
     done = subprocess.run([sys.executable, "-c", TRAIN], env=env, capture_output=True, text=True, check=True)
