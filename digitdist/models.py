@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import itertools
+import math
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -36,8 +37,7 @@ class Cnn(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, 10, 5)
         self.conv2 = nn.Conv2d(10, 20, 5)
         self.channel_dropout = nn.Dropout2d(0.5)
-        height, width = (((side - 4) // 2 - 4) // 2 for side in sides(image_size))
-        self.linear1 = nn.Linear(20 * height * width, 50)
+        self.linear1 = nn.Linear(20 * area([((side - 4) // 2 - 4) // 2 for side in sides(image_size)], image_size), 50)
         self.dropout = nn.Dropout(0.5)
         self.linear2 = nn.Linear(50, num_classes)
 
@@ -61,10 +61,10 @@ class CnnBatchNorm(nn.Module):
                 for i, o in itertools.pairwise(channels)
             )
         )
-        rows, columns = sides(image_size)
+        size = list(sides(image_size))
         for _ in self.blocks:
-            rows, columns = (rows - 2) // 2, (columns - 2) // 2
-        self.linear = nn.Linear(4 * width * rows * columns, num_classes)
+            size = [(side - 2) // 2 for side in size]
+        self.linear = nn.Linear(4 * width * area(size, image_size), num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.linear(self.blocks(images).flatten(1))
@@ -99,7 +99,7 @@ class ConvNet(nn.Module):
                 size = [side // 2 for side in size]
             layers += [nn.BatchNorm2d(width), nn.GELU()]
         self.layers = nn.Sequential(*layers)
-        self.linear = nn.Linear(channels[-1] * size[0] * size[1], num_classes)
+        self.linear = nn.Linear(channels[-1] * area(size, image_size), num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.layers(images[:, :, 2:-2, 2:-2])
@@ -139,6 +139,18 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 def sides(image_size: Size) -> tuple[int, int]:
     """Height and width of an image."""
     return (image_size, image_size) if isinstance(image_size, int) else image_size
+
+
+def area(size: Sequence[int], image_size: Size) -> int:
+    """Pixels of a feature map whose height and width, `size`, are what layers leave of an image.
+
+    Raises:
+        ValueError: they leave nothing of it.
+    """
+    if min(size) < 1:
+        height, width = sides(image_size)
+        raise ValueError(f"images of {height}×{width} are too small for its layers; take larger ones, or another network")
+    return math.prod(size)
 
 
 def build_model(config: ModelConfig, seed: int, info: DataSetInfo) -> nn.Module:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Sampler
 from digitdist.data.datasets import AnySet, Batch, Share, StreamedSet
 from digitdist.data.order import Order
 from digitdist.data.sharding import Sharding
-from digitdist.data.workers import ignore_stop_requests
+from digitdist.data.workers import worker_options
 
 
 class TrainingSampler(Sampler[Share]):
@@ -66,9 +66,8 @@ def prepare_loader(accelerator: Accelerator, images: AnySet, sampler: Sampler[Sh
         batch_sampler=sampler,  # type: ignore[arg-type]
         collate_fn=_as_it_is,  # type: ignore[arg-type]
         generator=torch.Generator(),  # its own, since a loader would otherwise draw on the global one
-        num_workers=images.workers,
         persistent_workers=images.workers > 0,
-        worker_init_fn=ignore_stop_requests,
+        **worker_options(images.workers),
     )
     return accelerator.prepare_data_loader(loader, device_placement=isinstance(images, StreamedSet))
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from digitdist.data.workers import ignore_stop_requests
+from digitdist.data.workers import worker_options
 from digitdist.errors import UserError, in_one_line
 
 CHUNK = 128  # items that a worker reads at once
@@ -75,10 +75,9 @@ def read_all(
     loader = DataLoader(
         _Chunks(read_item, shape, num_classes),
         batch_sampler=[list(span) for span in spans],
-        num_workers=workers,
         collate_fn=_as_it_is,  # type: ignore[arg-type]
-        worker_init_fn=ignore_stop_requests,
         generator=torch.Generator(),
+        **worker_options(workers),
     )
     images, labels, mistakes = torch.empty(count, *shape, dtype=torch.uint8), torch.empty(count, dtype=torch.int64), []
     position = 0

@@ -17,10 +17,16 @@ from digitdist.errors import UserError, in_one_line
 
 
 class UserItems:
-    """Reads items of a user's data set; what it draws while it reads one follows from (seed, split, epoch, index)."""
+    """Reads items of a user's data set; what it draws while it reads one follows from (seed, split, epoch, index).
 
-    def __init__(self, data_set: Any, seed: int, split: str):
-        self.data_set, self.seed, self.split = data_set, seed, split
+    A worker process makes its own data set in the same way, since not every one can be pickled.
+    """
+
+    def __init__(self, data_set: Any, config: DataConfig, seed: int, split: str):
+        self.data_set, self.config, self.seed, self.split = data_set, config, seed, split
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open_user_set, (self.config, self.seed, self.split)
 
     def __len__(self) -> int:
         return len(self.data_set)
@@ -42,7 +48,7 @@ def open_user_set(config: DataConfig, seed: int, split: str) -> UserItems:
     """The ``train`` or ``test`` split of the class that `data.target` names.
 
     Its constructor gets ``train=True/False`` or ``split="train"/"test"``, whichever it takes, ``root`` if it takes that, and
-    `data.args`.
+    `data.args`; what it draws follows from the seed.
 
     Raises:
         UserError: the class cannot be imported or made, or is not a map-style data set with items in it.
@@ -58,8 +64,8 @@ def open_user_set(config: DataConfig, seed: int, split: str) -> UserItems:
     else:
         raise UserError(f"data.target={config.target} takes neither train=True/False nor split='train'/'test'; add one of them")
     try:
-        data_set = kind(**options | config.args)
-        items = UserItems(data_set, seed, split)
+        seed_generators(derive_seed("data set", seed, split), torch.device("cpu"))
+        items = UserItems(kind(**options | config.args), config, seed, split)
         count = len(items)
     except Exception as error:  # a user's class may raise anything
         raise UserError(

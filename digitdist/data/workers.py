@@ -2,12 +2,56 @@
 
 from __future__ import annotations
 
+import functools
+import multiprocessing.forkserver
+import multiprocessing.resource_tracker
+import os
 import signal
+import threading
+from collections.abc import Callable
+from typing import Any
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
-def ignore_stop_requests(worker: int) -> None:
-    """Has a new worker process leave requests to stop to the process that it reads for, and end with that."""
-    for name in ("SIGINT", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def worker_options(workers: int) -> dict[str, Any]:
+    """The arguments of a `DataLoader` with so many workers.
+
+    They are forked from a server that has no threads of its own: one that is forked from a rank, whose threads may hold locks
+    at that moment, hangs now and then before it has read anything.
+
+    Server and workers leave all requests to stop to this process. A whole job may be asked to stop, as by Slurm; the workers go
+    on then, since their reader may want a last batch, and end when it says so or has ended.
+    """
+    if not workers:
+        return {"num_workers": 0}
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__package__])
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # new processes inherit it
+    try:
+        multiprocessing.resource_tracker.ensure_running()
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    return {"num_workers": workers, "multiprocessing_context": context, "worker_init_fn": _listen_to_reader}
+
+
+def _listen_to_reader(worker: int) -> None:
+    """Has a new worker end when the process that it reads for tells it to, or has ended itself."""
+    reader: Any = multiprocessing.parent_process()
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    for wait in (reader.join, functools.partial(_wait_until_told, reader.pid)):
+        threading.Thread(target=_end_after, args=[wait], daemon=True).start()
+
+
+def _end_after(wait: Callable[[], None]) -> None:
+    wait()
+    os._exit(0)
+
+
+def _wait_until_told(reader: int) -> None:
+    if hasattr(signal, "sigwaitinfo"):
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != reader:
+            pass
+    else:  # macOS does not tell who sends a signal
+        signal.sigwait([signal.SIGTERM])

@@ -20,15 +20,16 @@ class Blocks(Dataset):
 
     def __init__(self, root: str, train: bool = True, count: int = 120):
         self.count, self.first = count if train else count // 3, 0 if train else 10**6
+        self.transform = lambda pixels: Image.fromarray(pixels)  # which cannot be pickled
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        pixels = np.random.RandomState(self.first + index).randint(0, 120, (16, 12, 3)).astype(np.uint8)
+        pixels = np.random.RandomState(self.first + index).randint(0, 120, (32, 30, 3)).astype(np.uint8)
         label = index % 3
-        pixels[:, 4 * label : 4 * label + 4] += 100
-        return Image.fromarray(pixels), label
+        pixels[:, 10 * label : 10 * label + 10] += 100
+        return self.transform(pixels), label
 
 
 class Jittered(Blocks):

@@ -6,8 +6,10 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from helpers.data_sets import write_folder
 from helpers.launching import BIN, CLEAN, QUIET, ROOT, python, torchrun
@@ -17,6 +19,7 @@ from digitdist.data import Splits
 
 EXACT = ("sync.mode=exact", "train.log_every=1", "data.batch_size=32", "checkpoint.every_steps=4")
 TRAIN = ("-m", "digitdist.train", *QUIET, *EXACT)
+FOLDER = ("data.name=folder", "data.root=digits")
 JITTERED = ("data.target=helpers.data_sets.Jittered", "model.name=cnn_batchnorm")
 
 
@@ -38,30 +41,57 @@ def test_a_streamed_class_gives_the_same_weights_for_any_number_of_workers_and_p
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_killed_run_on_streamed_images_ends_as_the_unbroken_one(tmp_path: Path, env: dict[str, str]):
-    options = (*TRAIN, *JITTERED, "train.max_steps=24", "data.workers=1")
+@pytest.mark.parametrize("data", [FOLDER, (*JITTERED, "data.workers=1")], ids=["a folder", "a streamed class"])
+def test_a_killed_run_on_own_images_ends_as_the_unbroken_one(
+    tmp_path: Path, splits: Splits, env: dict[str, str], data: tuple[str, ...]
+):
+    write_folder(tmp_path / "digits", splits)
+    options = (*TRAIN, *data, "train.max_steps=24")
     assert torchrun(1, *options, "run.name=whole", cwd=tmp_path, env=env).code == 0
     command = [str(BIN / "torchrun"), "--nproc_per_node", "2", *options, "run.name=broken"]
     process = subprocess.Popen(command, cwd=tmp_path, env=CLEAN | env, start_new_session=True, stdout=subprocess.DEVNULL)
     wait_until(lambda: reached(tmp_path / "runs/broken") >= 9)
+    started = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    wait_until(lambda: not any(child.is_running() for child in started))
     assert torchrun(3, *options, "run.name=broken", cwd=tmp_path, env=env).code == 0
     assert_same_run(tmp_path / "runs/broken", tmp_path / "runs/whole")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_folder_gives_the_same_weights_in_memory_and_streamed_and_every_command_works(
-    tmp_path: Path, splits: Splits, env: dict[str, str]
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+def test_workers_leave_a_request_to_stop_to_their_rank(tmp_path: Path, env: dict[str, str], number: signal.Signals):
+    options = (*TRAIN, *JITTERED, "data.workers=2", "train.epochs=1000", "run.name=a")
+    process = subprocess.Popen(
+        [sys.executable, *options], cwd=tmp_path, env=CLEAN | env, start_new_session=True, stderr=subprocess.PIPE, text=True
+    )
+    wait_until(lambda: reached(tmp_path / "runs/a") >= 2)
+    started = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, number)
+    error = process.communicate(timeout=100)[1]
+    assert (process.returncode, error) == (75, "")
+    wait_until(lambda: not any(child.is_running() for child in started))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("data", "class_name"),
+    [(FOLDER, "digit 3"), (("data.target=helpers.data_sets.Blocks",), "middle")],
+    ids=["folder", "class"],
+)
+def test_own_images_give_the_same_weights_in_memory_and_streamed_and_every_command_works(
+    tmp_path: Path, splits: Splits, env: dict[str, str], data: tuple[str, ...], class_name: str
 ):
     write_folder(tmp_path / "digits", splits)
-    options = (*TRAIN, "data.name=folder", "data.root=digits", "train.max_steps=8")
-    for name, world_size, memory in (("kept", 1, "null"), ("streamed", 2, "false")):
+    options = (*TRAIN, *data, "train.max_steps=8")
+    for name, world_size, memory in (("kept", 1, "null"), ("kept3", 3, "null"), ("streamed", 2, "false")):
         done = torchrun(world_size, *options, f"run.name={name}", f"data.in_memory={memory}", cwd=tmp_path, env=env)
         assert done.code == 0, done.err
-    assert result(tmp_path / "runs/kept")["weights_sha256"] == result(tmp_path / "runs/streamed")["weights_sha256"]
-    assert json.loads((tmp_path / "runs/kept/data_set.json").read_text())["classes"][3] == "digit 3"
+        assert_same_run(tmp_path / f"runs/{name}", tmp_path / "runs/kept")
+    assert class_name in json.loads((tmp_path / "runs/kept/data_set.json").read_text())["classes"]
 
     picture = next((tmp_path / "digits/test/digit 7").glob("*.png"))
     outputs = {}
@@ -69,16 +99,16 @@ def test_a_folder_gives_the_same_weights_in_memory_and_streamed_and_every_comman
         ("evaluate", "runs/streamed", "--json"),
         ("predict", "streamed", str(picture), "--json"),
         ("report", "kept", "streamed"),
-        ("export", "kept", "--format", "torch"),
-        ("data", "data.name=folder", "data.root=digits", "--plot", "samples.png"),
+        ("export", "kept", "--format", "onnx"),
+        ("data", *data, "--plot", "samples.png"),
         ("checkpoint", "verify", "kept"),
     ):
         done = python("-m", f"digitdist.{command[0]}", *command[1:], cwd=tmp_path, env=env)
         assert done.code == 0, (command, done.err)
         outputs[command[0]] = done.out
     assert json.loads(outputs["evaluate"])["correct"] == result(tmp_path / "runs/streamed")["test_correct"]
-    assert json.loads(outputs["predict"])["class"].startswith("digit ")
-    assert "digit 3" in (tmp_path / "runs/kept/report.html").read_text()
+    assert json.loads(outputs["predict"])["class"] in json.loads((tmp_path / "runs/kept/data_set.json").read_text())["classes"]
+    assert class_name in (tmp_path / "runs/kept/report.html").read_text()
     assert (tmp_path / "samples.png").stat().st_size > 10_000
 
 

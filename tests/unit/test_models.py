@@ -6,7 +6,7 @@ from helpers.launching import ROOT
 
 from digitdist import models
 from digitdist.config import ModelConfig, load_config
-from digitdist.data import DATA_SETS
+from digitdist.data import DATA_SETS, DataSetInfo
 from digitdist.errors import UserError
 from digitdist.models import build_model
 
@@ -113,6 +113,17 @@ def test_initial_weights_depend_on_the_seed_alone(name: str):
     )
     assert all(torch.equal(first[key], again[key]) for key in first)
     assert not all(torch.equal(first[key], other[key]) for key in first)
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_a_network_sizes_itself_by_the_images_or_says_that_they_are_too_small(name: str):
+    def form(height: int, width: int) -> DataSetInfo:
+        return DataSetInfo("x", (0.5,) * 3, (0.5,) * 3, tuple("abcd"), height, width, "resize")
+
+    model = build_model(ModelConfig(name=name), 0, form(24, 40))
+    assert model.eval()(torch.zeros(5, 3, 24, 40)).shape == (5, 4)
+    with pytest.raises(UserError, match="images of 8×12 are too small for its layers"):
+        build_model(ModelConfig(name=name), 0, form(8, 12))
 
 
 def test_a_users_own_model_is_taken_with_its_arguments():

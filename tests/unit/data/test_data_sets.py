@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
+import pickle
 import struct
 import subprocess
 import sys
@@ -144,7 +146,48 @@ def test_usps_is_brought_to_mnists_form(tmp_path: Path):
     assert read.test.images[0, :4].max() == 0
 
 
-@pytest.mark.parametrize("name", ["fashion_mnist", "kmnist", "qmnist", "emnist_digits", "usps"])
+def test_svhn_has_colours_and_its_digit_ten_is_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import scipy.io
+    import torchvision
+
+    (tmp_path / "SVHN").mkdir()
+    images = np.random.default_rng(0).integers(0, 256, (32, 32, 3, 10), dtype=np.uint8)  # as published: the number comes last
+    parts = {}
+    for split, (address, name, _) in torchvision.datasets.SVHN.split_list.items():
+        file = tmp_path / "SVHN" / name
+        if not file.exists():
+            scipy.io.savemat(file, {"X": images, "y": np.arange(1, 11)[:, None]})
+        parts[split] = [address, name, hashlib.md5(file.read_bytes()).hexdigest()]
+    monkeypatch.setattr(torchvision.datasets.SVHN, "split_list", parts)
+    read = load_splits(config(tmp_path, "data.name=svhn"), 0)
+    assert np.array_equal(read.test.images.numpy(), images.transpose(3, 2, 0, 1))
+    assert read.train.labels.tolist() == [*range(1, 10), 0]
+    assert (read.info.image_shape, read.info.classes) == ((3, 32, 32), tuple("0123456789"))
+
+
+def test_cifar10_has_colours_and_class_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from torchvision.datasets import CIFAR10
+
+    folder = tmp_path / CIFAR10.base_folder
+    folder.mkdir()
+    images = np.random.default_rng(0).integers(0, 256, (20, 3, 32, 32), dtype=np.uint8)
+    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+    def put_pickle(name: str, content: dict[str, object]) -> str:
+        (folder / name).write_bytes(pickle.dumps(content))
+        return hashlib.md5((folder / name).read_bytes()).hexdigest()
+
+    batch = {"data": images.reshape(20, -1), "labels": [*range(10), *range(10)]}
+    for split in ("train_list", "test_list"):
+        monkeypatch.setattr(CIFAR10, split, [(name, put_pickle(name, batch)) for name, _ in getattr(CIFAR10, split)])
+    monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": put_pickle(CIFAR10.meta["filename"], {"label_names": names})})
+    read = load_splits(config(tmp_path, "data.name=cifar10"), 0)
+    assert np.array_equal(read.test.images.numpy(), images)
+    assert (len(read.train), read.train.labels[:20].tolist()) == (100, [*range(10), *range(10)])
+    assert (read.info.image_shape, read.info.classes) == ((3, 32, 32), tuple(names))
+
+
+@pytest.mark.parametrize("name", ["fashion_mnist", "kmnist", "qmnist", "emnist_digits", "usps", "svhn", "cifar10"])
 def test_a_data_set_out_of_reach_is_reported_with_addresses_and_files(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ):

@@ -152,10 +152,10 @@ def test_keys_of_a_folder_are_refused_where_they_have_no_effect(override: str):
 
 def test_a_users_class_is_read_into_memory_where_it_is_small_and_fixed():
     read = user("Blocks", "data.args.count=30")
-    assert read.train.images.shape == (30, 3, 16, 12)
+    assert read.train.images.shape == (30, 3, 32, 30)
     assert len(read.test) == 10
     assert read.info.classes == ("left", "middle", "right")
-    assert read.info.image_size == (16, 12)
+    assert read.info.image_size == (32, 30)
     assert len(read.info.mean) == 3
 
 
@@ -180,7 +180,7 @@ def test_a_class_whose_items_change_is_streamed_and_follows_seed_epoch_and_index
 
 
 def test_memory_may_be_asked_for():
-    assert user("Jittered", "data.in_memory=true").train.images.shape == (120, 3, 16, 12)
+    assert user("Jittered", "data.in_memory=true").train.images.shape == (120, 3, 32, 30)
 
 
 def test_held_out_images_are_those_of_the_set_in_memory():
