@@ -112,7 +112,7 @@ def read_info(folder: Path, data: DataConfig) -> DataSetInfo:
     try:
         return DataSetInfo.from_json((folder / DATA_SET).read_text())
     except FileNotFoundError:
-        info = known_info(data)  # runs of version 0.1 have no such file
+        info = known_info(data)  # earlier versions wrote no such file
         if info is None:
             raise UserError(f"{folder / DATA_SET} is missing; train the run again") from None
         return info

@@ -57,7 +57,7 @@ def few_images() -> Splits:
 def train(accelerator: Accelerator, options: list[str], steps: int) -> Path:
     setup = prepare([], [*options, f"train.max_steps={steps}"])
     torch.use_deterministic_algorithms(setup.config.sync.mode == "exact")
-    run = run_on_main(accelerator, lambda: open_run(setup.config, setup.plan, setup.last_step, []))
+    run = run_on_main(accelerator, lambda: open_run(setup.config, setup.plan, setup.splits, setup.last_step, []))
     with contextlib.redirect_stdout(io.StringIO()):
         Trainer(setup, accelerator, run, Heartbeat(run.heartbeat, setup.plan.world)).train()
     return run.folder
@@ -71,7 +71,7 @@ def outcome(accelerator: Accelerator, folder: Path, options: list[str]) -> dict[
     run = train(accelerator, options, STEPS)
     accelerator.wait_for_everyone()
     config = load_config([str(run / "config.yaml")])
-    stored = StoredRun(run, config)
+    stored = StoredRun(run, config, DATA_SETS["mnist"])
     model = stored.model(stored.checkpoint("last"))
     model.to(memory_format=prepare([], options).traits.layout)
     loader = chunked_loader(accelerator, few_images().test, config)

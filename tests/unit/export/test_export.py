@@ -184,7 +184,7 @@ def test_other_models_export_with_any_number_of_images(form: str, network: str, 
     call(run, "--format", form)
     file = run / "export" / FILES[form]
     assert metadata_of(file)["weights_sha256"] == weights_sha256(weights)
-    classify = export.FORMATS[form].read(file, load_config([str(run / "config.yaml")]))
+    classify = export.FORMATS[form].read(file, load_config([str(run / "config.yaml")]), data.DATA_SETS["mnist"])
     with torch.no_grad():
         for count in (1, 7, 0):
             assert classify(torch.zeros(count, 28, 28, dtype=torch.uint8)).shape == (count, 10)

@@ -218,9 +218,9 @@ def test_the_command_names_each_bad_file_once_and_goes_on(trained: tuple[Path, n
     lines = [json.loads(line) for line in done.stdout.decode().splitlines()]
     assert [(line["file"], line["digit"]) for line in lines] == [("pictures/a.JPG", 2), ("pictures/b.png", 7), ("-", 4)]
     for line in lines:
-        assert set(line) == {"file", "digit", "probability", "top"}
+        assert set(line) == {"file", "digit", "class", "probability", "top"}
         assert len(line["top"]) == 3
-        assert line["top"][0] == {"digit": line["digit"], "probability": line["probability"]}
+        assert line["top"][0] == {key: line[key] for key in ("digit", "class", "probability")}
         assert 1 >= line["top"][0]["probability"] >= line["top"][1]["probability"] >= line["top"][2]["probability"] >= 0
     bad = ["pictures/blank.png", "pictures/cut.png", "pictures/empty.jpeg", "pictures/text.png", "gone.png", "nothing"]
     assert [line.split(": ")[:2] for line in done.stderr.decode().splitlines()] == [["error", name] for name in bad]

@@ -18,7 +18,7 @@ from helpers import launching
 from helpers.runs import attempts, result
 
 from digitdist import evaluate, report
-from digitdist.data import ImageSet, Splits
+from digitdist.data import DATA_SETS, ImageSet, Splits
 from digitdist.errors import UserError
 from digitdist.evaluate import Evaluation
 from digitdist.report import plots
@@ -264,6 +264,7 @@ def test_runs_that_cannot_be_compared_say_why(run: Path, tmp_path: Path):
     fashion, far, new, odd = folders
     config = (run / "config.yaml").read_text()
     (fashion / "config.yaml").write_text(config.replace("name: mnist", "name: fashion_mnist"))
+    (fashion / "data_set.json").write_text(DATA_SETS["fashion_mnist"].to_json())
     predicted(run, [1, 2], [1, 2])
     predicted(far, [1, 2], [1, 2], first=2)
     predicted(odd, [1, 3], [1, 2])
