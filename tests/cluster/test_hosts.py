@@ -156,7 +156,7 @@ def test_hosts_with_other_data_are_refused(two: list[Host]):
         (host.folder / "data").unlink()
         write_fashion_mnist(host.folder / "data" / "FashionMNIST" / "raw", first_pixel=number)
     started = [rank(host, n, 2, *SHORT, "data.name=fashion_mnist") for n, host in enumerate(two)]
-    refused(ends(started), "data is of SHA-256", "at rank 0 on h0", "at rank 1 on h1")
+    refused(ends(started), "data is fashion_mnist of SHA-256", "at rank 0 on h0", "at rank 1 on h1")
 
 
 def write_fashion_mnist(folder: Path, first_pixel: int) -> None:
