@@ -17,6 +17,7 @@ settings.register_profile("digitdist", deadline=None)
 settings.load_profile("digitdist")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for its groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Hosts and Slurm are there once: with pytest-xdist one worker has all tests of theirs, one after another."""
     for item in items:
