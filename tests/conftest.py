@@ -17,14 +17,6 @@ settings.register_profile("digitdist", deadline=None)
 settings.load_profile("digitdist")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for its groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Hosts and Slurm are there once: with pytest-xdist one worker has all tests of theirs, one after another."""
-    for item in items:
-        if item.get_closest_marker("cluster"):
-            item.add_marker(pytest.mark.xdist_group("cluster"))
-
-
 @pytest.fixture(scope="session")
 def mnist_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """MNIST, unpacked once for all tests."""
