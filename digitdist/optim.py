@@ -28,7 +28,12 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     else:
         kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
         options |= {"betas": (config.beta1, config.beta2)}
-    return eager_optimizer(kind, [p for p in model.parameters() if p.dtype in TRAINABLE], **options)
+    optimizer = eager_optimizer(kind, [p for p in model.parameters() if p.dtype in TRAINABLE], **options)
+    if options.get("momentum"):
+        # Or it makes them without values, and leaves them so where fp16 overflows in the first step. The bits are the same.
+        for parameter in (p for p in optimizer.param_groups[0]["params"] if p.requires_grad):
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def norm(tensors: Iterable[Tensor]) -> float:

@@ -78,7 +78,8 @@ class TrainingLoss(nn.Module):
     def forward(self, batch: MicroBatch, step: int, divisor: float, stop: float) -> Tensor:
         """The summed loss divided by `divisor`; it and `stop` become the gradient of `signal`, where that takes one."""
         mean = self.total(batch, step) / divisor
-        return mean + self.signal @ stats_tensor(mean, stop) if self.signal.requires_grad else mean
+        # Not a matrix product, which autocast would round: in fp16 the scaled loss would be infinite.
+        return mean + (self.signal * stats_tensor(mean, stop)).sum() if self.signal.requires_grad else mean
 
 
 def stats_tensor(loss: Tensor, stop: float) -> Tensor:

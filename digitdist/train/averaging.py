@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 
+import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from digitdist.checkpoint import Tensors
 from digitdist.model_state import load_model_state, load_transient_buffers, model_state
@@ -35,24 +35,29 @@ class MovingAverage:
     """
 
     def __init__(self, model: nn.Module, decay: float):
-        self.model = model
-        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
-        self.average.n_averaged = self.average.n_averaged.cpu()  # which is read in each update
-        self.eval_model: nn.Module = self.average.module
+        self.model, self.decay, self.begun = model, decay, False
+        self.eval_model: nn.Module = copy.deepcopy(model)
         self.networks = [model, self.eval_model]
-        self.counts = [p for p in model.parameters() if not p.is_floating_point()]  # which have no average
-        self.averaged_counts = [p for p in self.eval_model.parameters() if not p.is_floating_point()]
+        pairs = [*zip(self.eval_model.parameters(), model.parameters(), strict=True)]
+        self.averaged = [pair for pair in pairs if pair[0].is_floating_point() or pair[0].is_complex()]
+        self.counts = [pair for pair in pairs if not (pair[0].is_floating_point() or pair[0].is_complex())]  # have no average
         self.with_extra_state = [
             (theirs, ours)
             for theirs, ours in zip(model.modules(), self.eval_model.modules(), strict=True)
             if type(theirs).get_extra_state is not nn.Module.get_extra_state
         ]
 
+    @torch.no_grad()
     def update(self) -> None:
-        """Takes in the weights after a step."""
-        self.average.update_parameters(self.model)
-        for ours, theirs in zip(self.averaged_counts, self.counts, strict=True):
-            ours.detach().copy_(theirs)
+        """Takes in the weights after a step, without waiting for their device. After the first step they are the average."""
+        averages, weights = (list(column) for column in zip(*self.averaged, strict=True))
+        if self.begun:
+            torch._foreach_lerp_(averages, weights, 1 - self.decay)
+        else:
+            torch._foreach_copy_(averages, weights)
+            self.begun = True
+        for ours, theirs in (*self.counts, *zip(self.eval_model.buffers(), self.model.buffers(), strict=True)):
+            ours.copy_(theirs)
         for model, average in self.with_extra_state:
             average.set_extra_state(copy.deepcopy(model.get_extra_state()))
 
@@ -62,7 +67,7 @@ class MovingAverage:
     def restore(self, stored: dict[str, Tensors], step: int) -> None:
         load_model_state(self.eval_model, stored["ema"])
         load_transient_buffers(self.eval_model, stored.get("transient", {}))
-        self.average.n_averaged.fill_(step)
+        self.begun = step > 0
 
 
 def build_average(model: nn.Module, decay: float) -> MovingAverage | NullAverage:

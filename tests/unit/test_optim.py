@@ -91,6 +91,24 @@ def test_an_optimizer_is_torchs_own(name: str):
         assert a.grad is None
 
 
+def test_a_first_step_that_overflows_in_fp16_leaves_weights_and_momentum_as_they_were():
+    skipping, plain = network(), network()
+    optimizer = optim.build_optimizer(skipping, OptimConfig("sgd", 0.1, momentum=0.9))
+    scaler = torch.amp.GradScaler("cpu")
+    for seed, overflow in ((0, True), (1, False), (2, False)):
+        gradients(skipping, seed)
+        for parameter in skipping.parameters():
+            parameter.grad *= math.inf if overflow else scaler.get_scale()
+        scaler.scale(torch.ones(()))
+        scaler.step(optimizer)
+        scaler.update()
+    usual = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9, nesterov=True)
+    for seed in (1, 2):
+        gradients(plain, seed)
+        usual.step()
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(skipping.parameters(), plain.parameters(), strict=True))
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_restored_state_leads_to_the_same_bits(name: str):
     model, config = network(), OptimConfig(name, 0.1)  # type: ignore[arg-type]

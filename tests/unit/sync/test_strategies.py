@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
 import torch
 from accelerate import Accelerator
 from helpers.strategies import check_against_reference, check_loss_history, check_rounds
@@ -12,9 +13,10 @@ from hypothesis import strategies as st
 
 from digitdist.config import load_config
 from digitdist.data import DATA_SETS, NullLossHistory, Share, Splits, normalise
-from digitdist.data.sharding import split_bounds
+from digitdist.data.sharding import Sharding, split_bounds
 from digitdist.models import build_model
 from digitdist.sync import build_strategy
+from digitdist.sync.loss import TrainingLoss
 from digitdist.sync.tree import Tree
 
 MNIST = DATA_SETS["mnist"]
@@ -34,6 +36,19 @@ def test_the_gradient_is_that_of_the_mean_loss(
     accelerator: Accelerator, splits: Splits, mode: str, batch: int, accumulate: int, shards: int
 ):
     check_against_reference(accelerator, splits, mode, batch, accumulate, shards)
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_a_loss_that_travels_with_the_gradients_is_not_rounded(splits: Splits, precision: torch.dtype):
+    config = load_config((), [])
+    loss = TrainingLoss(build_model(config.model, 0, MNIST), config, MNIST, NullLossHistory())
+    sharding, scale = Sharding.of_all_ranks(1, 1)[0], 65536.0
+    (micro_batch,) = loss.micro_batches(splits.train.read(torch.arange(50)), sharding, 50)
+    with torch.autocast("cpu", precision):
+        mean = loss(micro_batch, step=1, divisor=50.0, stop=1.0)
+    (scale * mean).backward()
+    assert loss.signal.grad is not None
+    assert loss.signal.grad.tolist() == [scale * float(mean.detach()), scale]
 
 
 def tree_of(values: torch.Tensor, bounds: list[int]) -> torch.Tensor:
