@@ -7,6 +7,8 @@ from pathlib import Path
 from digitdist.config.schema import Config, DataConfig
 from digitdist.world import is_main
 
+CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile that replay recorded kernels
+
 
 def check_combinations(config: Config) -> list[str]:
     """The mistakes in names, folders and combinations of keys."""
@@ -23,6 +25,11 @@ def check_combinations(config: Config) -> list[str]:
         mistakes.append(
             f"train.compile={config.train.compile} is not allowed with sync.mode=exact; set it to none: what is compiled,"
             " and so its rounding, depends on the batch sizes that a process has met"
+        )
+    if config.train.compile in CUDA_GRAPHS and config.train.accumulate > 1:
+        mistakes.append(
+            f"train.compile={config.train.compile} is not allowed with train.accumulate={config.train.accumulate}; set compile"
+            " to default, or accumulate to 1: a CUDA graph overwrites what it has computed from the micro-batch before"
         )
     if config.sync.batch_norm and config.sync.mode != "ddp":
         reason = {

@@ -110,7 +110,7 @@ class TrainConfig:
     epochs: float = key(9.0, "passes over the training set; may be fractional", gt=0, alters_result=False)
     max_steps: int | None = key(None, "ends training earlier, after this many steps", ge=1, alters_result=False)
     accumulate: int = key(1, "micro-batches a step, to save memory; the step remains that of the global batch", ge=1)
-    precision: Literal["auto", "fp32", "no", "bf16", "fp16", "fp8"] = key(
+    precision: Literal["auto", "fp32", "no", "bf16", "fp16"] = key(
         "auto", "auto: what accelerate launch was told, else the device's best"
     )
     compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = key(

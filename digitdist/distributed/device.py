@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
-from accelerate.utils import is_bf16_available, is_fp8_available
+from accelerate.utils import is_bf16_available
 
 X86_BF16 = {"avx512_bf16", "amx_bf16"}  # the instructions, each enough by itself
 VECTORS = {"avx512_f": "AVX-512", "avx2": "AVX2", "avx": "AVX", "sve": "SVE", "neon": "NEON"}  # best first
@@ -28,13 +28,13 @@ def accelerator_type() -> str:
 
 
 def lacks(precision: str, device_type: str) -> str | None:
-    """Why `precision` (fp32, bf16, fp16 or fp8) is not possible on a device of this type; None where it is."""
+    """Why `precision`, as a launcher may name it, is not possible on a device of this type; None where it is."""
     if precision == "bf16" and device_type != "cpu" and not has_bf16(device_type):
         return f"this {device_type} device has no bf16"
     if precision == "fp16" and device_type not in ("cuda", "xpu"):
         return f"fp16 autocast does nothing on {device_type}"
-    if precision == "fp8" and not (device_type == "cuda" and is_fp8_available()):
-        return "fp8 needs a CUDA device and an fp8 library"
+    if precision == "fp8":
+        return "fp8 is not supported"
     return None
 
 

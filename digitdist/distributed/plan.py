@@ -15,6 +15,7 @@ from digitdist.errors import UserError
 from digitdist.world import World, environment_flag, read_world
 
 PRECISIONS = ("bf16", "fp16", "fp32")  # best first, on a GPU
+COMPILES_FROM = (7, 0)  # compute capability, below which Triton makes no code
 # The networks that bf16 makes faster on CPUs with x86's instructions for it: the recipes take half the time on Zen 4 and 5.
 # The default network gains nothing there at batch 100; other networks, and ARM, are not measured.
 FASTER_IN_BF16 = ("convnet", "columns")
@@ -23,7 +24,7 @@ UNSUPPORTED_PLUGINS = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG")
 
 @dataclass(frozen=True)
 class Plan:
-    """World, device, effective precision (fp32, bf16, fp16 or fp8) and threads of a process; `notes` are lines to print.
+    """World, device, effective precision (fp32, bf16 or fp16) and threads of a process; `notes` are lines to print.
 
     `cpu_quota`: the CPUs that a container allows all processes together; None where it does not limit them.
     """
@@ -83,17 +84,31 @@ def _launch_mistakes(config: Config, world: World, device_type: str) -> list[str
             f"sync.batch_norm=true is not possible on {device_type}: torch's SyncBatchNorm needs CUDA; set it to false, or set"
             " sync.mode=exact, where BatchNorm's statistics do not depend on the world size"
         )
-    compiler = os.environ.get("CXX", "g++")
-    if config.train.compile != "none" and device_type == "cpu" and not shutil.which(compiler):
-        mistakes.append(
-            f"train.compile={config.train.compile} needs a C++ compiler on a CPU, and there is no {compiler};"
-            " install one, name it in CXX, or set train.compile=none"
-        )
+    if config.train.compile != "none":
+        mistakes += [
+            f"train.compile={config.train.compile} is not possible: {reason}, or set train.compile=none"
+            for reason in _compiling_lacks(device_type)
+        ]
     return mistakes
 
 
+def _compiling_lacks(device_type: str) -> list[str]:
+    """What torch.compile lacks to make code for this device, each with the way out: Triton builds its launchers in C."""
+    language, variable, default = ("C++", "CXX", "g++") if device_type == "cpu" else ("C", "CC", "gcc")
+    compiler = os.environ.get(variable, default)
+    lacking = []
+    if not shutil.which(compiler):
+        lacking.append(
+            f"it needs a {language} compiler on {device_type}, and there is no {compiler}; install one, name it in {variable}"
+        )
+    if device_type == "cuda" and torch.cuda.get_device_capability() < COMPILES_FROM:
+        found = ".".join(map(str, torch.cuda.get_device_capability()))
+        lacking.append(f"it needs a GPU of compute capability 7.0 or more, and this one has {found}; use another")
+    return lacking
+
+
 def resolve_precision(requested: str, device_type: str, model: ModelConfig) -> tuple[str, tuple[str, ...]]:
-    """The effective precision (fp32, bf16, fp16 or fp8) for a network, and what to print about it.
+    """The effective precision (fp32, bf16 or fp16) for a network, and what to print about it.
 
     `auto` takes what `accelerate launch` was told (it sets ``no`` when it was told nothing, so ``no`` counts as nothing),
     else the fastest that the device itself computes.
@@ -106,7 +121,7 @@ def resolve_precision(requested: str, device_type: str, model: ModelConfig) -> t
     if requested != "auto":
         reason = lacks(requested, device_type)
         if reason:
-            possible = ", ".join(name for name in ("bf16", "fp16", "fp32", "fp8") if not lacks(name, device_type))
+            possible = ", ".join(name for name in PRECISIONS if not lacks(name, device_type))
             raise UserError(f"train.precision={requested} is not possible: {reason}; here it takes auto, {possible}")
         return requested, _slowness(requested, device_type)
     best = _fastest(device_type, model)

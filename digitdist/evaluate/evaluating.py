@@ -65,7 +65,7 @@ def _predict(accelerator: Accelerator, model: nn.Module, loader: Iterable[Batch]
             if len(batch.labels):
                 chunk = turn * accelerator.num_processes + accelerator.process_index
                 seed_generators(derive_seed("evaluation", chunk), accelerator.device)
-                logits.append(model(normalise(batch.images, info)))
+                logits.append(model(normalise(batch.images, info)).clone())  # a CUDA graph writes all outputs to one place
     model.train(was_training)
     saved.restore()
     return torch.cat([part.float() for part in logits]), torch.stack([torch.cat(indices), torch.cat(labels)], 1)

@@ -139,4 +139,4 @@ class Ddp(SynchronousStrategy):
         self.powersgd.iter = int(own.pop("iter"))
         for key, value in own.items():
             name, _, number = key.partition(".")
-            getattr(self.powersgd, f"{name}_dict")[int(number)] = value
+            getattr(self.powersgd, f"{name}_dict")[int(number)] = value.to(self.accelerator.device)

@@ -255,3 +255,10 @@ def test_the_page_of_configurations_has_every_key_as_the_schema_does():
         assert alters in cells[4]
         default = "null" if key.default is None else str(key.default)
         assert cells[1] in (f"`{default}`", f"`{default.lower()}`")
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_cuda_graphs_are_not_combined_with_accumulation(mode: str):
+    (reported,) = mistakes(f"train.compile={mode}", "train.accumulate=2")
+    assert "set compile to default, or accumulate to 1" in reported
+    load_config((), [f"train.compile={mode}"])

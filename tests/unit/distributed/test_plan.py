@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
@@ -52,10 +54,9 @@ def test_an_old_gpu_trains_in_fp16(monkeypatch: pytest.MonkeyPatch):
         resolve_precision("bf16", "cuda", CNN)
 
 
-@pytest.mark.parametrize("requested", ["fp16", "fp8"])
-def test_a_precision_that_a_cpu_does_not_have_is_refused(requested: str):
-    with pytest.raises(UserError, match=f"train.precision={requested} is not possible.*auto, bf16, fp32"):
-        resolve_precision(requested, "cpu", CNN)
+def test_a_precision_that_a_cpu_does_not_have_is_refused():
+    with pytest.raises(UserError, match=r"train\.precision=fp16 is not possible.*auto, bf16, fp32"):
+        resolve_precision("fp16", "cpu", CNN)
 
 
 CPUS = {
@@ -163,3 +164,28 @@ def test_mistakes_of_a_launch_are_reported_together(monkeypatch: pytest.MonkeyPa
     with pytest.raises(UserError) as caught:
         make_plan(load_config((), ["sync.mode=exact", "train.precision=fp16"]))
     assert len(caught.value.mistakes) == 3
+
+
+@pytest.mark.parametrize(
+    ("device_type", "capability", "compiler", "message"),
+    [
+        ("cpu", (9, 0), "CXX", "needs a C\\+\\+ compiler on cpu, and there is no not-there"),
+        ("cuda", (9, 0), "CC", "needs a C compiler on cuda, and there is no not-there"),
+        ("cuda", (6, 1), None, r"compute capability 7\.0 or more, and this one has 6\.1"),
+        ("cuda", (7, 0), None, None),
+    ],
+)
+def test_what_compiling_needs_is_checked_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch, device_type: str, capability: tuple[int, int], compiler: str | None, message: str | None
+):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: device_type != "cpu")
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    monkeypatch.setattr(plan, "accelerator_type", lambda: device_type)
+    monkeypatch.setattr(device, "has_bf16", lambda device_type: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(plan.shutil, "which", lambda name: None if name == "not-there" else f"/usr/bin/{name}")
+    if compiler:
+        monkeypatch.setenv(compiler, "not-there")
+    expected = pytest.raises(UserError, match=message) if message else contextlib.nullcontext()
+    with expected:
+        make_plan(load_config((), ["train.compile=default"]))
