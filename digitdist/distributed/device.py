@@ -85,10 +85,10 @@ def peak_memory_mb(device: torch.device) -> dict[str, float | None]:
         host = int(status.partition("VmHWM:")[2].split()[0]) * 1024
     else:
         host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    used = getattr(torch, device.type).max_memory_allocated(device) if device.type in ("cuda", "xpu") else None
     return {"host": round(host / 2**20, 1), "device": None if used is None else round(used / 2**20, 1)}
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """`tensor`, which is on the CPU, on `device`: to a GPU from pinned memory, so that the host does not wait for it."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type in ("cuda", "xpu") else tensor.to(device)

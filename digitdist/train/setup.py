@@ -132,7 +132,7 @@ def try_model(setup: Setup) -> Traits:
         batch = setup.splits.train.read(torch.arange(count))
         return normalise(batch.images, setup.splits.info), batch.labels, setup.splits.info.num_classes
 
-    return inspect_model(
+    traits = inspect_model(
         partial(build_model, config.model, config.seed, setup.splits.info),
         first_images,
         smallest=min(max(1, count // num_micro_batches) for count in counts),
@@ -141,3 +141,6 @@ def try_model(setup: Setup) -> Traits:
         mode=config.sync.mode,
         repeatable=bool(config.sync.check_every) and (exact or setup.plan.world.size > 1),
     )
+    if setup.plan.device_type == "mps" and has_batch_norm(setup.model):
+        return dataclasses.replace(traits, layout_problem="torch computes wrong gradients of BatchNorm so on MPS, pytorch#175189")
+    return traits

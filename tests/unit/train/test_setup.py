@@ -4,8 +4,10 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 
 from digitdist.train import prepare
+from digitdist.train.setup import try_model
 from digitdist.world import World
 
 
@@ -27,3 +29,10 @@ def test_it_is_said_where_batchnorm_depends_on_the_world_size(
     notes = dataclasses.replace(setup, plan=dataclasses.replace(setup.plan, world=world)).notes
     assert any("depends on the world size" in note for note in notes) == said
     assert len(notes) == said
+
+
+@pytest.mark.parametrize(("network", "layout"), [("cnn_batchnorm", torch.contiguous_format), ("cnn", torch.channels_last)])
+def test_a_network_with_batchnorm_is_contiguous_on_mps(mnist_root: Path, network: str, layout: torch.memory_format):
+    setup = prepare([], [f"data.root={mnist_root}", f"model.name={network}"])
+    on_mps = dataclasses.replace(setup, plan=dataclasses.replace(setup.plan, device_type="mps"))
+    assert try_model(on_mps).layout == layout
