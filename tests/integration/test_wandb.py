@@ -16,7 +16,6 @@ from digitdist.runs import read_metrics, sync_wandb
 
 TRAIN = ("-m", "digitdist.train", "run.name=a")
 STEPS = ("train.max_steps=100", "train.log_every=5", "train.threads=1")
-
 MORE_S = 45  # that a run with W&B may take longer on a busy machine; wandb's own waits would be 90 s and more
 
 
