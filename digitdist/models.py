@@ -5,21 +5,18 @@ A new one is a class and a line in `MODELS`; ``model.target`` names a user's own
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import itertools
 import math
-import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from digitdist.config import ModelConfig
-from digitdist.data import DATA_SETS, DataSetInfo
+from digitdist.config import ModelConfig, import_target
+from digitdist.data import DATA_SETS, DataSetInfo, seed_generators
 from digitdist.errors import UserError, in_one_line
 
 Size = int | tuple[int, int]  # of an image: its side, or height and width
@@ -175,9 +172,7 @@ def build_model(config: ModelConfig, seed: int, info: DataSetInfo) -> nn.Module:
         UserError: there is no such network, its arguments do not fit, or its output is not floating-point [n, classes].
     """
     kind = _find_class(config)
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed)
+    seed_generators(seed)
     label = config.target or config.name
     form = {"num_classes": info.num_classes, "in_channels": info.channels, "image_size": info.image_size}
     try:
@@ -215,10 +210,4 @@ def _find_class(config: ModelConfig) -> Callable[..., nn.Module]:
                 " (your own: model.target=package.module.Class)"
             )
         return MODELS[config.name]
-    module, _, name = config.target.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except Exception as error:  # a user's module may raise anything
-        raise UserError(
-            f"model.target={config.target} cannot be imported ({error}); give package.module.Class from PYTHONPATH"
-        ) from None
+    return import_target("model.target", config.target)
