@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -16,11 +13,14 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from digitdist.checkpoint import weights_sha256
+from digitdist.data import AnySet, DataSetInfo, normalise, seed_generators
+from digitdist.distributed import generators_kept
 from digitdist.errors import UserError, in_one_line
 from digitdist.model_state import SavedBuffers, load_model_state, model_state, transient_buffers
 from digitdist.models import output_problem
 from digitdist.optim import TRAINABLE
 
+CPU = torch.device("cpu")  # where trials are
 FEW_IMAGES = 4  # of a trial, where the network takes so few
 BUILT_IN_TWO_WAYS = (
     "the initial values of {name} are not a function of the seed: two builds of the network differ in them; draw them from"
@@ -48,6 +48,12 @@ class Traits:
         return torch.contiguous_format if self.layout_problem else torch.channels_last
 
 
+def first_images(images: AnySet, info: DataSetInfo, count: int) -> tuple[Tensor, Tensor, int]:
+    """The first `count` of `images`, or all where there are fewer, for a trial: pixels, labels, and the number of classes."""
+    batch = images.read(torch.arange(min(count, len(images))))
+    return normalise(batch.images, info), batch.labels, info.num_classes
+
+
 def inspect_model(
     build: Build, images: Images, smallest: int, largest: int, bf16: bool, mode: str, repeatable: bool = True
 ) -> Traits:
@@ -60,7 +66,7 @@ def inspect_model(
     Raises:
         UserError: naming what cannot be trained, stored or repeated, and the way out.
     """
-    with _generators_kept(), warnings.catch_warnings():
+    with generators_kept(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # training says them again
         model = build()
         check_parts(model, mode)
@@ -93,7 +99,7 @@ def layout_problem(
 
     `wanted`: its logits for `pixels` in contiguous memory, if they are known.
     """
-    with _generators_kept(), warnings.catch_warnings():
+    with generators_kept(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = build()
         if not any(tensor.dim() in (4, 5) for tensor in (*model.parameters(), *model.buffers())):
@@ -183,7 +189,7 @@ def _trial(model: nn.Module, pixels: Tensor, labels: Tensor, num_classes: int, b
 def _train_once(model: nn.Module, pixels: Tensor, labels: Tensor, num_classes: int, bf16: bool) -> bool:
     """One forward and backward pass; whether all gradients came through the graph of the loss."""
     model.train().zero_grad()
-    _seed()
+    seed_generators(0, CPU)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         logits = model(pixels)
         _check_output(logits, len(pixels), num_classes, "in training")
@@ -202,7 +208,7 @@ def _train_once(model: nn.Module, pixels: Tensor, labels: Tensor, num_classes: i
 def _evaluate_once(model: nn.Module, pixels: Tensor, num_classes: int, bf16: bool) -> Tensor:
     """The logits in evaluation, float32; what it writes into buffers is undone, as in an evaluation."""
     model.eval()
-    _seed()
+    seed_generators(0, CPU)
     saved = SavedBuffers(model)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         logits = model(pixels)
@@ -236,18 +242,3 @@ def _leaves(loss: Tensor) -> set[int]:
 def _shapes(model: nn.Module) -> dict[str, tuple[object, ...]]:
     named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in named}
-
-
-def _seed() -> None:
-    torch.default_generator.manual_seed(0)
-    random.seed(0)
-    np.random.seed(0)
-
-
-@contextlib.contextmanager
-def _generators_kept() -> Iterator[None]:
-    states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):  # trials are on the CPU
-        yield
-    random.setstate(states[0])
-    np.random.set_state(states[1])

@@ -8,6 +8,7 @@ from digitdist.config.command_line import Parser
 from digitdist.config.keys import KEYS, as_dict, describe_keys, result_changes
 from digitdist.config.reading import load_config, read_config, save_config, shipped_configs
 from digitdist.config.schema import AugmentConfig, Config, DataConfig, ModelConfig, OptimConfig, ScheduleConfig, SyncConfig
+from digitdist.config.targets import import_target
 
 __all__ = [
     "KEYS",
@@ -21,6 +22,7 @@ __all__ = [
     "SyncConfig",
     "as_dict",
     "describe_keys",
+    "import_target",
     "load_config",
     "nearest_folder",
     "read_config",

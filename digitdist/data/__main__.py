@@ -24,8 +24,7 @@ def describe(config: DataConfig, splits: Splits) -> str:
     for name, images in (("train", splits.train), ("validation", splits.validation), ("test", splits.test)):
         if not len(images):
             continue
-        whole = isinstance(images, ImageSet)
-        seen = images if isinstance(images, ImageSet) else images.read(spread(len(images), SAMPLE))
+        seen = images.sample(spread(len(images), SAMPLE))
         pixels = seen.images.double() / 255
         counts = torch.bincount(seen.labels, minlength=len(classes)).tolist()
         lines.append(
@@ -33,7 +32,7 @@ def describe(config: DataConfig, splits: Splits) -> str:
             f" {str(seen.images.dtype).removeprefix('torch.')},"
             f" mean {pixels.mean():.4f}, deviation {pixels.std(correction=0):.4f}"
         )
-        among = "" if whole else f" among {len(seen.labels):,} that were read"
+        among = "" if isinstance(images, ImageSet) else f" among {len(seen.labels):,} that were read"
         lines.append(f"{'':10} of each class{among}: {', '.join(map(str, counts))}")
     return "\n".join(lines)
 
@@ -46,8 +45,7 @@ def plot(splits: Splits, file: str) -> None:
     """
     from matplotlib.figure import Figure
 
-    info, classes, train = splits.info, splits.info.classes[:PLOTTED], splits.train
-    seen = train if isinstance(train, ImageSet) else train.read(spread(len(train), SAMPLE))
+    info, classes, seen = splits.info, splits.info.classes[:PLOTTED], splits.train.sample(spread(len(splits.train), SAMPLE))
     figure = Figure(figsize=(6.4, 0.64 * len(classes)), layout="constrained")
     axes = figure.subplots(len(classes), 10)
     for label, row in enumerate(axes):

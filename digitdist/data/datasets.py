@@ -71,7 +71,7 @@ class ImageSet(Dataset[Batch]):
         return ImageSet(self.images.to(device), self.labels.to(device), self.indices.to(device))
 
     def sample(self, positions: Tensor) -> Batch:
-        """What stands for the whole in a hash: all of it, whatever `positions` are."""
+        """What stands for the whole: all of it, whatever `positions` are."""
         return Batch(self.images, self.labels, self.indices)
 
 
@@ -113,7 +113,7 @@ class StreamedSet(Dataset[Batch]):
         return self
 
     def sample(self, positions: Tensor) -> Batch:
-        """What stands for the whole in a hash: the images at `positions` and all indices."""
+        """What stands for the whole: the images at `positions` and all indices."""
         images, labels, _ = self.read(positions)
         return Batch(images, labels, self.indices)
 

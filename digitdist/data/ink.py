@@ -41,7 +41,7 @@ def extract_ink(image: Image.Image) -> np.ndarray:
     distance[distance < max(FAINT * full, 4 * noise)] = 0
     reach = max(2, round(BODY[1] * max(distance.shape)))
     body = torch.from_numpy(distance > BODY[0] * full).float()
-    return _without_specks((distance * _widened(body, reach).numpy() / full).clip(0, 1).astype(np.float32))
+    return _without_specks((distance * widened(body, reach).numpy() / full).clip(0, 1).astype(np.float32))
 
 
 def _distance_from_paper(image: Image.Image) -> np.ndarray:
@@ -58,7 +58,7 @@ def _distance_from_paper(image: Image.Image) -> np.ndarray:
     against = (smooth - nearby).sum() * (nearby - paper).sum(2) < 0  # ink is on one side of the paper, this on the other
     shaded = (changed > least) & (distance > least) & ((distance < most) | against)
     reach = round(SHADOW[2] * max(image.size))
-    if 1 - _widened(torch.from_numpy(~shaded).float(), reach).mean() < SHADOW[3]:
+    if 1 - widened(torch.from_numpy(~shaded).float(), reach).mean() < SHADOW[3]:
         return distance
     return np.linalg.norm(1 - smooth / np.maximum(nearby, DARKEST), axis=2)
 
@@ -69,11 +69,11 @@ def _full(distance: np.ndarray) -> float:
     return float(np.percentile(distance[strong], 90)) if strong.any() else 0.0
 
 
-def _widened(mask: Tensor, reach: int) -> Tensor:
-    """The mask, float32 [h, w] of zeros and ones, with ones up to `reach` pixels further."""
+def widened(values: Tensor, reach: int) -> Tensor:
+    """At each pixel of float32 [h, w] the largest value up to `reach` pixels away on either axis."""
     for size, padding in (((2 * reach + 1, 1), (reach, 0)), ((1, 2 * reach + 1), (0, reach))):  # one axis at a time: far faster
-        mask = F.max_pool2d(mask[None], size, stride=1, padding=padding)[0]
-    return mask
+        values = F.max_pool2d(values[None], size, stride=1, padding=padding)[0]
+    return values
 
 
 def extent(mask: np.ndarray) -> tuple[slice, slice]:

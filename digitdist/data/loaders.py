@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Sampler
 from digitdist.data.datasets import AnySet, Batch, Share, StreamedSet
 from digitdist.data.order import Order
 from digitdist.data.sharding import Sharding
-from digitdist.data.workers import worker_options
+from digitdist.data.workers import loader_options
 
 
 class TrainingSampler(Sampler[Share]):
@@ -64,10 +64,8 @@ def prepare_loader(accelerator: Accelerator, images: AnySet, sampler: Sampler[Sh
     loader: DataLoader[Batch] = DataLoader(
         images,
         batch_sampler=sampler,  # type: ignore[arg-type]
-        collate_fn=_as_it_is,  # type: ignore[arg-type]
-        generator=torch.Generator(),  # its own, since a loader would otherwise draw on the global one
         persistent_workers=images.workers > 0,
-        **worker_options(images.workers),
+        **loader_options(images.workers),
     )
     return accelerator.prepare_data_loader(loader, device_placement=isinstance(images, StreamedSet))
 
@@ -76,7 +74,3 @@ def evaluation_loader(accelerator: Accelerator, images: AnySet, chunk_size: int)
     """A loader of this rank's part of `images` in chunks that are the same for any world size."""
     sampler = EvaluationSampler(len(images), chunk_size, accelerator.num_processes, images.indices.device)
     return prepare_loader(accelerator, images, sampler)
-
-
-def _as_it_is(batch: Batch) -> Batch:
-    return batch

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from digitdist.data.ink import count_side_by_side, extent, extract_ink
+from digitdist.data.ink import count_side_by_side, extent, extract_ink, widened
 from digitdist.errors import UserError
 
 SIDE = 28
@@ -79,10 +79,7 @@ def _adjust_pen(ink: np.ndarray) -> np.ndarray:
     if not radius:
         return padded
     sign = 1 if radius > 0 else -1
-    grown, size = sign * torch.from_numpy(padded)[None], 2 * abs(radius) + 1
-    for kernel, padding in (((size, 1), (abs(radius), 0)), ((1, size), (0, abs(radius)))):  # one axis at a time: far faster
-        grown = F.max_pool2d(grown, kernel, stride=1, padding=padding)
-    return sign * grown[0].numpy()
+    return sign * widened(sign * torch.from_numpy(padded), abs(radius)).numpy()
 
 
 def _crop(ink: np.ndarray) -> np.ndarray:

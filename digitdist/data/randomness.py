@@ -20,13 +20,16 @@ def permutation(count: int, *parts: object) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(derive_seed("permutation", *parts)))
 
 
-def seed_generators(seed: int, device: torch.device) -> None:
+def seed_generators(seed: int, device: torch.device | None = None) -> None:
     """Seeds the generators that a network may draw from: torch's of the CPU and of `device`, numpy's and Python's.
 
-    `torch.manual_seed` would take 0.2 ms for devices not in use.
+    Without a `device` those of all devices, which takes 0.2 ms for those not in use.
     """
-    torch.default_generator.manual_seed(seed)
-    if device.type != "cpu":
-        torch.get_device_module(device).manual_seed(seed)
+    if device is None:
+        torch.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
+        if device.type != "cpu":
+            torch.get_device_module(device).manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)

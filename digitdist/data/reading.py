@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from digitdist.data.workers import worker_options
+from digitdist.data.workers import loader_options
 from digitdist.errors import UserError, in_one_line
 
 CHUNK = 128  # items that a worker reads at once
@@ -18,7 +18,7 @@ FEW = 1000  # items for which no process is started
 ReadItem = Callable[[int, int], tuple[Tensor, int]]
 
 
-class _Chunks(Dataset[tuple[list[Tensor], list[int], list[str]]]):
+class _Chunks(Dataset[tuple[Tensor, Tensor, list[str]]]):
     """Images and labels of a chunk of indices, and what is wrong with those that cannot be read."""
 
     def __init__(self, read_item: ReadItem, shape: tuple[int, ...], num_classes: int | None):
@@ -38,10 +38,6 @@ class _Chunks(Dataset[tuple[list[Tensor], list[int], list[str]]]):
                 mistakes.append(f"item {index}: {in_one_line(error)}")
         stacked = torch.stack(images) if images else torch.empty(0, *self.shape, dtype=torch.uint8)
         return stacked, torch.tensor(labels, dtype=torch.int64), mistakes
-
-
-def _as_it_is(read: tuple[Tensor, Tensor, list[str]]) -> tuple[Tensor, Tensor, list[str]]:
-    return read
 
 
 def check_item(image: Tensor, label: int, shape: tuple[int, ...], num_classes: int | None) -> None:
@@ -70,14 +66,10 @@ def read_all(
     Raises:
         UserError: with each item that cannot be read.
     """
-    spans: Iterator[range] = (range(first, min(first + CHUNK, count)) for first in range(0, count, CHUNK))
-    workers = 0 if count <= FEW else workers
     loader = DataLoader(
         _Chunks(read_item, shape, num_classes),
-        batch_sampler=[list(span) for span in spans],
-        collate_fn=_as_it_is,  # type: ignore[arg-type]
-        generator=torch.Generator(),
-        **worker_options(workers),
+        batch_sampler=[list(range(first, min(first + CHUNK, count))) for first in range(0, count, CHUNK)],
+        **loader_options(0 if count <= FEW else workers),
     )
     images, labels, mistakes = torch.empty(count, *shape, dtype=torch.uint8), torch.empty(count, dtype=torch.int64), []
     position = 0

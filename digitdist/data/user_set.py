@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from digitdist.config import DataConfig
+from digitdist.config import DataConfig, import_target
 from digitdist.data.forms import to_image
 from digitdist.data.randomness import derive_seed, seed_generators
 from digitdist.errors import UserError, in_one_line
@@ -53,7 +51,7 @@ def open_user_set(config: DataConfig, seed: int, split: str) -> UserItems:
     Raises:
         UserError: the class cannot be imported or made, or is not a map-style data set with items in it.
     """
-    kind = _import(str(config.target))
+    kind = import_target("data.target", str(config.target))
     try:
         parameters: Any = inspect.signature(kind).parameters
     except (TypeError, ValueError):  # not every callable tells
@@ -74,13 +72,3 @@ def open_user_set(config: DataConfig, seed: int, split: str) -> UserItems:
     if not count:
         raise UserError(f"data.target={config.target} has no {split} images")
     return items
-
-
-def _import(target: str) -> Callable[..., Any]:
-    module, _, name = target.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except Exception as error:  # a user's module may raise anything
-        raise UserError(
-            f"data.target={target} cannot be imported ({in_one_line(error)}); give package.module.Class from PYTHONPATH"
-        ) from None

@@ -1,4 +1,4 @@
-"""Worker processes of a `DataLoader`."""
+"""What the `DataLoader`s here have in common, worker processes above all."""
 
 from __future__ import annotations
 
@@ -11,20 +11,24 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
-def worker_options(workers: int) -> dict[str, Any]:
-    """The arguments of a `DataLoader` with so many workers.
+def loader_options(workers: int) -> dict[str, Any]:
+    """The arguments of a `DataLoader` of whole batches with so many workers.
 
-    They are forked from a server that has no threads of its own: one that is forked from a rank, whose threads may hold locks
-    at that moment, hangs now and then before it has read anything.
+    It has a generator of its own, since it would otherwise draw on the global one.
 
-    Server and workers leave all requests to stop to this process. A whole job may be asked to stop, as by Slurm; the workers go
-    on then, since their reader may want a last batch, and end when it says so or has ended.
+    Workers are forked from a server that has no threads of its own: one that is forked from a rank, whose threads may hold
+    locks at that moment, hangs now and then before it has read anything. Server and workers leave all requests to stop to this
+    process. A whole job may be asked to stop, as by Slurm; the workers go on then, since their reader may want a last batch,
+    and end when it says so or has ended.
     """
+    options: dict[str, Any] = {"num_workers": workers, "collate_fn": _as_it_is, "generator": torch.Generator()}
     if not workers:
-        return {"num_workers": 0}
+        return options
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__package__])
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # new processes inherit it
@@ -33,7 +37,11 @@ def worker_options(workers: int) -> dict[str, Any]:
         multiprocessing.forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    return {"num_workers": workers, "multiprocessing_context": context, "worker_init_fn": _listen_to_reader}
+    return options | {"multiprocessing_context": context, "worker_init_fn": _listen_to_reader}
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def _listen_to_reader(worker: int) -> None:

@@ -13,7 +13,7 @@ from digitdist.distributed.plan import Plan, make_plan
 from digitdist.distributed.preflight import raise_on_all_ranks, run_preflight
 from digitdist.distributed.process import launcher_start_time, run_command
 from digitdist.distributed.quotas import cpu_quota
-from digitdist.distributed.restoring import process_restored
+from digitdist.distributed.restoring import generators_kept, process_restored
 from digitdist.distributed.shortcuts import SHORTCUTS, eager_optimizer
 from digitdist.distributed.signals import StopRequest
 
@@ -33,6 +33,7 @@ __all__ = [
     "eager_optimizer",
     "find_failed_rank",
     "gather_rows",
+    "generators_kept",
     "is_collective_failure",
     "launcher_start_time",
     "make_plan",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import random
 import signal
 import sys
 import threading
@@ -12,6 +13,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
@@ -19,15 +21,28 @@ from digitdist.distributed.signals import SIGNALS
 
 
 @contextlib.contextmanager
+def generators_kept() -> Iterator[None]:
+    """Puts back the random generators of torch, for the CPU, numpy and Python, however the block ends."""
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):  # to look at those of others would start each GPU
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+@contextlib.contextmanager
 def process_restored(command: list[str]) -> Iterator[None]:
-    """Puts back, however the block ends: environment, signal handlers, warning filters, torch's threads, random generator and
-    switches, and Accelerate's state. Inside the block Accelerate and the switches are as in a new process, and `sys.argv`,
+    """Puts back, however the block ends: environment, signal handlers, warning filters, random generators, torch's threads
+    and switches, and Accelerate's state. Inside the block Accelerate and the switches are as in a new process, and `sys.argv`,
     which a run records, is `command`.
 
     A process that goes on can then train with other settings.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
+        stack.enter_context(generators_kept())
         stack.callback(setattr, sys, "argv", sys.argv)
         stack.callback(_restore_environment, dict(os.environ))
         if threading.current_thread() is threading.main_thread():  # which alone may set handlers
@@ -43,7 +58,6 @@ def process_restored(command: list[str]) -> Iterator[None]:
 
 def _keep_torch(stack: contextlib.ExitStack) -> None:
     """Has `stack` put back torch's settings, and makes the switches those of a new process."""
-    stack.enter_context(torch.random.fork_rng(devices=[]))  # the CPU's: to look at others would start each GPU
     stack.callback(torch.set_num_threads, torch.get_num_threads())
     stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()

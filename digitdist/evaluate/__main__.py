@@ -8,14 +8,12 @@ from __future__ import annotations
 import json
 from functools import partial
 
-import torch
-
 from digitdist.config import Parser
-from digitdist.data import load_splits, normalise
+from digitdist.data import load_splits
 from digitdist.distributed import make_plan, run_command, start_accelerator
 from digitdist.errors import UserError
 from digitdist.evaluate.evaluating import chunked_loader, evaluate
-from digitdist.model_checks import Traits, layout_problem
+from digitdist.model_checks import FEW_IMAGES, Traits, first_images, layout_problem
 from digitdist.models import build_model
 from digitdist.runs import load_run
 from digitdist.world import print_main
@@ -44,9 +42,8 @@ def main() -> None:
         raise UserError(f"--split {arguments.split}: the run held no images out; set data.validation")
     stored = run.checkpoint(arguments.checkpoint)
     model = run.model(stored)
-    few = images.read(torch.arange(min(4, len(images))))
     build = partial(build_model, config.model, config.seed, info)
-    problem = layout_problem(build, normalise(few.images, info), few.labels, info.num_classes)
+    problem = layout_problem(build, *first_images(images, info, FEW_IMAGES))
     accelerator = start_accelerator(config, plan)
     model.to(accelerator.device).to(memory_format=Traits(problem).layout)
     loader = chunked_loader(accelerator, images.to(accelerator.device), config)

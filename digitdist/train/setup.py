@@ -11,15 +11,15 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import digitdist
 from digitdist.checkpoint import weights_sha256
 from digitdist.config import Config, as_dict, nearest_folder, read_config
-from digitdist.data import Order, Splits, known_info, load_splits, normalise
+from digitdist.data import Order, Splits, known_info, load_splits
 from digitdist.distributed import Plan, make_plan
 from digitdist.errors import UserError
-from digitdist.model_checks import Traits, has_batch_norm, inspect_model
+from digitdist.model_checks import Traits, first_images, has_batch_norm, inspect_model
 from digitdist.model_state import model_state, transient_buffers
 from digitdist.models import build_model
 from digitdist.runs import has_wandb_key
@@ -127,14 +127,9 @@ def try_model(setup: Setup) -> Traits:
             f"sync.batch_norm=true needs an image for each of {num_micro_batches} micro-batches a step, and a step here has"
             f" {min(counts)}; choose a data.batch_size that divides {order.num_images}, or set sync.batch_norm=false"
         )
-
-    def first_images(count: int) -> tuple[Tensor, Tensor, int]:
-        batch = setup.splits.train.read(torch.arange(count))
-        return normalise(batch.images, setup.splits.info), batch.labels, setup.splits.info.num_classes
-
     traits = inspect_model(
         partial(build_model, config.model, config.seed, setup.splits.info),
-        first_images,
+        partial(first_images, setup.splits.train, setup.splits.info),
         smallest=min(max(1, count // num_micro_batches) for count in counts),
         largest=order.batch_count(0),
         bf16=setup.plan.device_type == "cpu" and setup.plan.precision == "bf16",

@@ -116,7 +116,7 @@ def test_a_rank_that_ends_is_named_and_ends_the_others(place: Path, unbroken: Pa
     began = time.monotonic()
     env = fault(f"{kind} rank={rank} step={step} phase={phase} nth={2 if phase == 'save' else 1}")
     done = torchrun(3, *EXACT, "sync.timeout_s=5", cwd=place, env=env)
-    assert time.monotonic() - began < 30, "start, half a minute of steps, and 5 + 5 seconds"
+    assert time.monotonic() - began < 60, "start, steps, and 5 + 5 seconds, on a busy machine"
     assert done.code == 1
     reported = [line for line in done.err.splitlines() if line.startswith("fault:")]
     assert len(reported) == 1, done.err

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 import digitdist
 from digitdist.__main__ import COMMANDS
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")

@@ -86,6 +86,7 @@ def test_a_layout_that_a_network_does_not_take_is_not_used_and_said(place: Path)
     assert evaluated.code == 0, evaluated.err
 
 
+@pytest.mark.slow
 def test_initial_weights_that_depend_on_the_rank_are_refused_once(place: Path):
     env = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     done = torchrun(2, "-m", "digitdist.train", *QUIET, "model.target=helpers.awkward.ByRank", cwd=place, env=env)

@@ -44,6 +44,7 @@ def settings() -> dict[str, object]:
     }
 
 
+@pytest.mark.slow
 def test_a_training_leaves_its_process_as_it_was(place: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(place)
     torch.use_deterministic_algorithms(True, warn_only=True)

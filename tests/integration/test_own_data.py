@@ -32,7 +32,7 @@ def env(tmp_path: Path) -> dict[str, str]:
 @pytest.mark.timeout(300)
 def test_a_streamed_class_gives_the_same_weights_for_any_number_of_workers_and_processes(tmp_path: Path, env: dict[str, str]):
     options = (*TRAIN, *JITTERED, "train.max_steps=9", "data.validation=15")
-    for number, (world_size, workers) in enumerate([(1, 0), (1, 3), (2, 1), (3, 2)]):
+    for number, (world_size, workers) in enumerate([(1, 0), (2, 3), (3, 1)]):
         arguments = (*options, f"run.name={number}", f"data.workers={workers}")
         done = torchrun(world_size, *arguments, cwd=tmp_path, env=env)
         assert done.code == 0, done.err
@@ -61,7 +61,7 @@ def test_a_killed_run_on_own_images_ends_as_the_unbroken_one(
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
 def test_workers_leave_a_request_to_stop_to_their_rank(tmp_path: Path, env: dict[str, str], number: signal.Signals):
     options = (*TRAIN, *JITTERED, "data.workers=2", "train.epochs=1000", "run.name=a")
     process = subprocess.Popen(

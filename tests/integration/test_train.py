@@ -156,6 +156,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_reaches_a_weight(place: Path)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_options_of_training_all_work_together(place: Path):
     options = (
         "optim.name=adamw",
@@ -166,7 +167,7 @@ def test_options_of_training_all_work_together(place: Path):
     )
     more = ("schedule.name=onecycle", "augment.rotate=10", "augment.shift=2", "train.precision=bf16", "data.batch_size=1000")
     last = ("train.epochs=0.5", "train.log_every=1", "model.name=cnn_batchnorm", "optim.lr=0.01", "run.name=a")
-    done = python(*TRAIN, *QUIET, *options, *more, *last, cwd=place)
+    done = python(*TRAIN, *QUIET, *options, *more, *last, cwd=place, timeout=280)  # bf16 without instructions for it is slow
     assert done.code == 0, done.err
     assert result(place / "runs/a")["precision"] == "bf16"
     assert result(place / "runs/a")["steps"] == 30

@@ -16,6 +16,7 @@ from digitdist.runs import read_metrics, sync_wandb
 
 TRAIN = ("-m", "digitdist.train", "run.name=a")
 STEPS = ("train.max_steps=100", "train.log_every=5", "train.threads=1")
+MORE_S = 45  # that a run with W&B may take longer on a busy machine; wandb's own waits would be 90 s and more
 
 
 def segments(folder: Path) -> list[Path]:
@@ -71,11 +72,11 @@ def disabled(tmp_path_factory: pytest.TempPathFactory, mnist_root: Path) -> tupl
     return place / "runs/a", time.monotonic() - start
 
 
-def assert_unharmed(folder: Path, disabled: tuple[Path, float], start: float, more_s: float) -> None:
+def assert_unharmed(folder: Path, disabled: tuple[Path, float], start: float) -> None:
     seconds = time.monotonic() - start
     print(f"{seconds:.1f} s, disabled {disabled[1]:.1f} s")
     assert_same_run(folder, disabled[0])
-    assert seconds < disabled[1] + more_s
+    assert seconds < disabled[1] + MORE_S
 
 
 @pytest.mark.slow
@@ -93,7 +94,7 @@ def test_without_a_server_nothing_is_lost(mode: str, env: dict[str, str], place:
     start = time.monotonic()
     code, shown = on_a_terminal(*TRAIN, *STEPS, f"tracking.wandb={mode}", cwd=place, env=env | {"HOME": str(place)})
     assert code == 0, shown
-    assert_unharmed(place / "runs/a", disabled, start, more_s=30)
+    assert_unharmed(place / "runs/a", disabled, start)
     assert ("wandb sync runs/a/wandb/offline-run-*" in shown) == (mode != "offline")
     assert "W&B failed" not in shown
     (segment,) = segments(place / "runs/a")
@@ -116,7 +117,7 @@ def test_a_server_that_misbehaves_changes_nothing(
     start = time.monotonic()
     done = python(*TRAIN, *STEPS, cwd=place, env=server.environment)
     assert done.code == 0, done.err
-    assert_unharmed(place / "runs/a", disabled, start, more_s=15)
+    assert_unharmed(place / "runs/a", disabled, start)
     assert sum(line.startswith("W&B") for line in done.out.splitlines()) == 1
 
 
