@@ -6,8 +6,8 @@ Whatever depends on a launcher, a device, a signal or another rank's fate belong
 from digitdist.distributed.accelerator import prepare_module, start_accelerator
 from digitdist.distributed.collectives import broadcast_tensors, check_equal, gather_rows, run_on_main
 from digitdist.distributed.device import describe_instructions, device_name, num_cores, peak_memory_mb, to_device
-from digitdist.distributed.failures import find_failed_rank, is_collective_failure
-from digitdist.distributed.heartbeat import NOTICED, RAISED, Heartbeat, read_beats
+from digitdist.distributed.failures import FailedRank, find_failed_rank, is_collective_failure
+from digitdist.distributed.heartbeat import LEFT, NOTICED, RAISED, Heartbeat, read_beats
 from digitdist.distributed.phases import PhaseTimer
 from digitdist.distributed.plan import Plan, make_plan
 from digitdist.distributed.preflight import raise_on_all_ranks, run_preflight
@@ -16,12 +16,16 @@ from digitdist.distributed.quotas import cpu_quota
 from digitdist.distributed.restoring import generators_kept, process_restored
 from digitdist.distributed.shortcuts import SHORTCUTS, eager_optimizer
 from digitdist.distributed.signals import StopRequest
+from digitdist.distributed.watch import PeerWatch
 
 __all__ = [
+    "LEFT",
     "NOTICED",
     "RAISED",
     "SHORTCUTS",
+    "FailedRank",
     "Heartbeat",
+    "PeerWatch",
     "PhaseTimer",
     "Plan",
     "StopRequest",

@@ -19,6 +19,8 @@ from digitdist.distributed.process import note_process_group
 from digitdist.distributed.shortcuts import keep_freed_memory
 from digitdist.errors import UserError
 
+NCCL_LONGER_S = 60.0  # than sync.timeout_s
+
 
 def start_accelerator(config: Config, plan: Plan) -> Accelerator:
     """Builds the `Accelerator`. Collective: every rank must call it; it makes the process group.
@@ -37,6 +39,8 @@ def start_accelerator(config: Config, plan: Plan) -> Accelerator:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    # NCCL ends the process when its time is over, without a name; `PeerWatch` is to be first.
+    extra_s = 0 if plan.device_type == "cpu" else NCCL_LONGER_S
     accelerator = Accelerator(
         cpu=plan.cpu,
         mixed_precision="no" if plan.precision == "fp32" else plan.precision,
@@ -45,7 +49,7 @@ def start_accelerator(config: Config, plan: Plan) -> Accelerator:
         # A step may have fewer images than ranks, and no image is repeated to make the shares even.
         dataloader_config=DataLoaderConfiguration(even_batches=False),
         kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timedelta(seconds=config.sync.timeout_s)),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=config.sync.timeout_s + extra_s)),
             # Buffers matter only in evaluations and checkpoints, and rank 0's are sent to all ranks before those. No static
             # graph: a network may have another one in each step.
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import psutil
 import torch.distributed as dist
 
-from digitdist.distributed.heartbeat import RAISED, RUNNING, Beat, Heartbeat
-from digitdist.distributed.phases import PHASES
+from digitdist.distributed.heartbeat import NOTICED, RAISED, RUNNING, Beat, Heartbeat
 
 SEARCH_S = 2.0  # in which a process that was just killed is seen as gone
 
@@ -30,8 +29,14 @@ def is_collective_failure(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
 
 
+def has_failed(beat: Beat) -> bool:
+    """Whether the run cannot go on for what is seen of this rank: it has failed, or has noticed another's failure."""
+    return beat.state in (RAISED, NOTICED) or (beat.state == RUNNING and _is_gone(beat.pid))
+
+
 def find_failed_rank(heartbeat: Heartbeat) -> FailedRank:
-    """The rank of this host that raised an error, was killed or is frozen; else the one furthest behind.
+    """The rank of this host that raised an error, was killed or is frozen; else the one whose device, or with equal devices
+    whose host, is behind all others.
 
     The lowest rank that is left reports it. A frozen process is killed, since a launcher would wait half a minute for it.
     """
@@ -41,17 +46,23 @@ def find_failed_rank(heartbeat: Heartbeat) -> FailedRank:
         for what_happened, is_failed in _SIGNS.items():
             failed = [beat for beat in beats if is_failed(beat)]
             if failed:
-                reporter = min(beat.rank for beat in beats if beat not in failed)
-                if what_happened == "is frozen" and reporter == heartbeat.rank:
+                reported_here = heartbeat.rank == min(beat.rank for beat in beats if beat not in failed)
+                if what_happened == "is frozen" and reported_here:
                     os.kill(failed[0].pid, signal.SIGKILL)
-                description = f"rank {failed[0].rank} {what_happened} at {failed[0].position}"
-                return FailedRank(description, reporter == heartbeat.rank)
+                return FailedRank(f"rank {failed[0].rank} {what_happened} at {failed[0].position}", reported_here)
         time.sleep(0.05)
         beats = heartbeat.beats()
-    last = min(beats, key=lambda beat: (beat.step, PHASES.index(beat.phase), beat.rank == heartbeat.rank))
-    if last.rank != heartbeat.rank:
-        return FailedRank(f"rank {last.rank} did not answer, last seen at {last.position}", True)
-    return FailedRank(f"a rank of another host did not answer; rank {last.rank} was at {last.position}", True)
+    return _find_behind(beats, heartbeat)
+
+
+def _find_behind(beats: list[Beat], heartbeat: Heartbeat) -> FailedRank:
+    """The rank that is behind all others of this host; if there is none, the one to blame may be on another host."""
+    *_, before, last = [None, *sorted(beats, key=lambda beat: beat.place, reverse=True)]
+    if before is not None and last is not None and before.place > last.place:
+        reporter = min(beat.rank for beat in beats if beat is not last)
+        return FailedRank(f"rank {last.rank} did not answer, last seen at {last.position}", heartbeat.rank == reporter)
+    whose = "a rank of another host did not answer" if len(beats) < heartbeat.world_size else "the ranks wait for each other"
+    return FailedRank(f"{whose}; rank {beats[0].rank} was at {beats[0].position}", heartbeat.rank == beats[0].rank)
 
 
 def _is_gone(pid: int) -> bool:

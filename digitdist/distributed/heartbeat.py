@@ -13,17 +13,21 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from digitdist.distributed.fault_injection import InjectedFault
 from digitdist.distributed.phases import PHASES, PhaseTimer
+from digitdist.distributed.progress import MARKED, DeviceProgress
 from digitdist.world import World
 
-RECORD = struct.Struct("<6q")  # pid, host, step, phase, state, unused
-RUNNING, RAISED, NOTICED = range(3)
+RECORD = struct.Struct("<5q2i")  # pid, host, step, phase, state; the place that the device has reached
+REACHED = struct.Struct("<2i")  # the last two
+RUNNING, RAISED, NOTICED, LEFT = range(4)  # it runs; has raised an error; has noticed another's end; has left with all others
 
 
 @dataclass(frozen=True)
 class Beat:
-    """What is known of one rank: its process, its position, and whether it has raised an error or noticed another's end."""
+    """What is known of one rank: its process, the position of its host, its state, and the position of its device."""
 
     rank: int
     pid: int
@@ -31,39 +35,60 @@ class Beat:
     step: int
     phase: str
     state: int
+    reached: tuple[int, int]  # the place that its device has reached; that of its host on a CPU
 
     @property
     def position(self) -> str:
         return f"step {self.step}, phase {self.phase}"
 
+    @property
+    def place(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """How far it has come: its device, then its host."""
+        return self.reached, place(self.step, self.phase)
+
+
+def place(step: int, phase: str) -> tuple[int, int]:
+    """A position in training that can be compared: data are read for the step that follows."""
+    return step + (phase == "data"), PHASES.index(phase)
+
 
 class Heartbeat:
     """Writes this rank's position into the file. Beginning a phase costs one write to memory and adds to `timer`."""
 
-    def __init__(self, file: Path, world: World):
+    def __init__(self, file: Path, world: World, device: torch.device | None = None):
         size = world.size * RECORD.size
         with file.open("a+b") as opened:
             if os.fstat(opened.fileno()).st_size < size:
                 opened.truncate(size)
             self._map = mmap.mmap(opened.fileno(), size)
+        self.world_size = world.size
         self.rank, self.host = world.rank, zlib.crc32(platform.node().encode())
         self.timer, self.step, self._state = PhaseTimer(), 0, RUNNING
-        self._fault = InjectedFault.from_environment()
+        runs_ahead = device is not None and device.type != "cpu" and world.size > 1
+        self.progress = DeviceProgress(device) if device and runs_ahead else None
+        self._faults = InjectedFault.all_from_environment()
         self._write()
 
     def phase(self, name: str, since: float | None = None) -> None:
         """Begins a phase of `PHASES`, now or at the `time.perf_counter()` of `since`."""
         self.timer.begin(name, since)
+        if self.progress and name in MARKED:
+            self.progress.mark(place(self.step, name))
         self._write()
-        if self._fault:
-            self._fault.at(self.rank, self.step, name)
+        for fault in self._faults:
+            fault.at(self.rank, self.step, name)
 
     @property
     def position(self) -> str:
         return f"step {self.step}, phase {PHASES[self.timer.phase]}"
 
+    @property
+    def is_over(self) -> bool:
+        """Whether this rank needs the others no more."""
+        return PHASES[self.timer.phase] == "end"
+
     def mark(self, state: int) -> None:
-        """Records that this rank has RAISED an error of its own, or NOTICED that another one is gone."""
+        """Records what has become of this rank."""
         self._state = state
         self._write()
 
@@ -71,15 +96,21 @@ class Heartbeat:
         """The ranks of this host."""
         return [beat for beat in read_beats(self._map) if beat.host == self.host]
 
+    def write_reached(self) -> None:
+        """Writes what this rank's device has reached; another thread than that of `phase` may call it."""
+        if self.progress:
+            REACHED.pack_into(self._map, (self.rank + 1) * RECORD.size - REACHED.size, *self.progress.look())
+
     def _write(self) -> None:
-        offset = self.rank * RECORD.size
-        RECORD.pack_into(self._map, offset, os.getpid(), self.host, self.step, self.timer.phase, self._state, 0)
+        reached = self.progress.reached if self.progress else place(self.step, PHASES[self.timer.phase])
+        values = os.getpid(), self.host, self.step, self.timer.phase, self._state, *reached
+        RECORD.pack_into(self._map, self.rank * RECORD.size, *values)
 
 
 def read_beats(content: bytes | mmap.mmap) -> list[Beat]:
     """The ranks that have written into a heartbeat file, in their order."""
     return [
-        Beat(rank, pid, host, step, PHASES[phase], state)
-        for rank, (pid, host, step, phase, state, _) in enumerate(RECORD.iter_unpack(content))
+        Beat(rank, pid, host, step, PHASES[phase], state, (reached_step, reached_phase))
+        for rank, (pid, host, step, phase, state, reached_step, reached_phase) in enumerate(RECORD.iter_unpack(content))
         if pid
     ]

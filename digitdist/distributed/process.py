@@ -22,11 +22,13 @@ REPORT_GRACE_S = 30.0  # in which another rank of this host may report an error,
 LAUNCHERS = ("torchrun", "accelerate", "accelerate-launch")  # as programs
 LAUNCHER_MODULES = ("torch.distributed.", "accelerate.commands.")  # as in python -m
 
-_had_process_group = False
+_is_command = _had_process_group = False
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:
     """Runs a command and ends the process with the exit code of its outcome."""
+    global _is_command
+    _is_command = True
     _die_with_launcher()
     code = 0
     try:
@@ -64,6 +66,16 @@ def leave(code: int) -> NoReturn:
     if _had_process_group:
         os._exit(code)
     sys.exit(code)
+
+
+def end_process(code: int) -> None:
+    """Ends this process from any thread, whatever its main thread waits for; not a program, such as a notebook, that trains on
+    one process and may have other things to do."""
+    if _is_command or _had_process_group:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        os._exit(code)
 
 
 def note_process_group() -> None:

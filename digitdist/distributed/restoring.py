@@ -48,6 +48,7 @@ def process_restored(command: list[str]) -> Iterator[None]:
         if threading.current_thread() is threading.main_thread():  # which alone may set handlers
             for number in SIGNALS:
                 stack.callback(signal.signal, number, signal.getsignal(number))
+            stack.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(-1))
         _keep_torch(stack)
         for kind in (PartialState, AcceleratorState, GradientState):
             stack.callback(_refill, kind._shared_state, dict(kind._shared_state))

@@ -2,32 +2,56 @@
 
 from __future__ import annotations
 
+import _thread
 import signal
+import socket
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-from digitdist.world import is_main
+from digitdist.distributed.process import end_process
+from digitdist.world import is_main, print_main
 
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 LOOK_EVERY_S = 0.5
 SAME_INTERRUPT_S = 0.5  # a launcher passes a terminal's ^C on to processes that have had it from the terminal already
+INTERRUPT_S = 1.0  # in which the main thread takes a second ^C, unless it waits in C++
 
 
 class StopRequest:
     """SIGTERM, SIGINT and SIGUSR1 as a flag that the trainer reads; a second SIGINT raises `KeyboardInterrupt`.
 
-    Only the main thread of a process may handle signals; a training in another one has the file alone.
+    A thread hears them, since Python runs no signal handler while the main thread waits in C++, as for a GPU; it ends the
+    process itself where that wait outlasts a second SIGINT. `report` prints a line on the main rank; any thread may call it.
     """
 
     def __init__(self) -> None:
         self.requested = False
+        self.report: Callable[[str], None] = print_main
+        self._interrupted = False  # whether the main thread is to raise `KeyboardInterrupt`
         self._is_main = is_main()
-        self._first_s = self._looked_s = 0.0
-        if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
-                signal.signal(number, self._handle)
+        self._looked_s = 0.0
+        self._writer: socket.socket | None = None
+
+    def listen(self) -> None:
+        """Begins to hear signals, in a process's main thread; a training in another thread has the file alone."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        for number in SIGNALS:
+            signal.signal(number, self._handle)
+        threading.Thread(target=self._hear, args=[reader], name="signals", daemon=True).start()
+
+    def close(self) -> None:
+        """Ends the thread: signals are no longer heard."""
+        if self._writer is not None:
+            signal.set_wakeup_fd(-1)
+            self._writer.close()
+            self._writer = None
 
     def is_requested(self, stop_file: Path) -> bool:
         """True once this process has had a signal, or the main rank has seen `stop_file`, for which it looks twice a second."""
@@ -38,7 +62,29 @@ class StopRequest:
         return self.requested
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.requested and time.monotonic() - self._first_s > SAME_INTERRUPT_S:
+        """Runs in the main thread, late where that waits in C++."""
+        self.requested = True
+        if self._interrupted:
+            self._interrupted = False
             raise KeyboardInterrupt
-        if not self.requested:
-            self.requested, self._first_s = True, time.monotonic()
+
+    def _hear(self, reader: socket.socket) -> None:
+        """The thread: reads the numbers of signals, a byte each, as they arrive."""
+        first_s, ended = 0.0, False
+        while received := reader.recv(1):
+            number, now = received[0], time.monotonic()
+            if number in SIGNALS and not first_s:
+                self.requested, first_s = True, now
+                again = "; ^C again ends the run at once" if number == signal.SIGINT else ""
+                self.report(f"{signal.Signals(number).name}: asked to stop after this step{again}")
+            elif number == signal.SIGINT and now - first_s > SAME_INTERRUPT_S and not ended:
+                ended = True
+                self._interrupt()
+        reader.close()
+
+    def _interrupt(self) -> None:
+        self._interrupted = True
+        _thread.interrupt_main()
+        time.sleep(INTERRUPT_S)
+        if self._interrupted:
+            end_process(128 + signal.SIGINT)

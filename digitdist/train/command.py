@@ -14,9 +14,13 @@ from accelerate.utils import gather_object
 
 from digitdist.config import Parser, describe_keys
 from digitdist.distributed import (
+    LEFT,
     NOTICED,
     RAISED,
+    FailedRank,
     Heartbeat,
+    PeerWatch,
+    StopRequest,
     find_failed_rank,
     is_collective_failure,
     launcher_start_time,
@@ -92,45 +96,60 @@ def train_setup(setup: Setup, closing: contextlib.ExitStack) -> Path:
     fetch_run(config, plan, launchers)
     run = run_on_main(accelerator, lambda: open_run(config, plan, setup.splits, setup.last_step, launchers))
     closing.callback(run.close)
+    trained = not (run.finished and run.stored)
     if run.finished and run.stored:
         step = run.stored.step
         print_main(f"{run.folder} is finished, at step {step:,}; raise train.epochs or train.max_steps to train on")
     else:
         print_main(first_lines(setup, run))
-        heartbeat = Heartbeat(run.heartbeat, plan.world)
-        with failures_named(heartbeat, run):
-            trainer = Trainer(setup, accelerator, run, heartbeat)
+        heartbeat, stop_request = Heartbeat(run.heartbeat, plan.world, accelerator.device), StopRequest()
+        stop_request.listen()
+        closing.callback(stop_request.close)
+        with failures_named(heartbeat, run, config.sync.timeout_s):
+            trainer = Trainer(setup, accelerator, run, heartbeat, stop_request)
             closing.callback(trainer.recorder.close)
             trainer.train()
         run.heartbeat.unlink(missing_ok=True)
-        if is_main() and config.run.report:
-            write_report(run.folder)
-    accelerator.end_training()
+    accelerator.end_training()  # before the report, for which no rank need wait
+    if trained and is_main() and config.run.report:
+        write_report(run.folder)
     return run.folder
 
 
 @contextlib.contextmanager
-def failures_named(heartbeat: Heartbeat, run: Run) -> Iterator[None]:
-    """Records in the run which rank ended it, if one did, and reports it once a host.
+def failures_named(heartbeat: Heartbeat, run: Run, timeout_s: float) -> Iterator[None]:
+    """Records in the run which rank ended it, if one did, and reports it once a host, also where this rank's main thread waits
+    for a device: then `PeerWatch` does it.
 
     Raises:
         PeerFailed: another rank did; that error's own rank raises the error itself.
     """
+
+    def report(failed: FailedRank) -> None:
+        if failed.reported_here:
+            record_end(run.folder, fault=failed.description)
+            line = f"fault: {failed.description}; the run ends, and the same command resumes it"
+            print(line, file=sys.stderr, flush=True)
+
+    watch = PeerWatch(heartbeat, timeout_s, report)
+    watch.start()
     try:
         yield
+        watch.take_over()
+        heartbeat.mark(LEFT)
     except (UserError, Stopped, Fault):
+        watch.take_over()
+        heartbeat.mark(LEFT)
         raise
     except Exception as error:
+        watch.take_over()
         if not is_collective_failure(error):
             heartbeat.mark(RAISED)
             record_end(run.folder, fault=f"rank {heartbeat.rank} raised {error!r} at {heartbeat.position}")
             raise
         heartbeat.mark(NOTICED)
         failed = find_failed_rank(heartbeat)
-        if failed.reported_here:
-            record_end(run.folder, fault=failed.description)
-            line = f"fault: {failed.description}; the run ends, and the same command resumes it"
-            print(line, file=sys.stderr, flush=True)
+        report(failed)
         raise PeerFailed(failed.description) from error
 
 

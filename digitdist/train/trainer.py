@@ -26,7 +26,9 @@ from digitdist.train.state import build_state
 class Trainer:
     """One training. Everything that it depends on is in `state`; ranks last synchronised at `synced_step`."""
 
-    def __init__(self, setup: Setup, accelerator: Accelerator, run: Run, heartbeat: Heartbeat):
+    def __init__(
+        self, setup: Setup, accelerator: Accelerator, run: Run, heartbeat: Heartbeat, stop_request: StopRequest | None = None
+    ):
         config, device = setup.config, accelerator.device
         self.config, self.accelerator, self.run = config, accelerator, run
         self.heartbeat, self.phase = heartbeat, heartbeat.phase
@@ -47,8 +49,9 @@ class Trainer:
         self.loader = prepare_loader(accelerator, self.splits.train, self.sampler)
         evaluated = {"validation": self.splits.validation, "test": self.splits.test}
         self.eval_loaders = {name: chunked_loader(accelerator, images, config) for name, images in evaluated.items()}
-        self.stop_request = StopRequest()
         self.recorder = Recorder(setup, accelerator, run, self.state)
+        self.stop_request = stop_request or StopRequest()  # which hears the STOP file alone
+        self.stop_request.report = self.recorder.display.print
 
     @property
     def step(self) -> int:
@@ -215,4 +218,5 @@ class Trainer:
         self.phase("eval")
         result = self.result or self._evaluate("test")  # where a restart finds the last step saved
         memory = gather_object([peak_memory_mb(self.accelerator.device)])
+        self.phase("end")  # no rank needs another any more
         self.recorder.finish(result, self.splits.test, memory)

@@ -126,6 +126,51 @@ def test_a_rank_that_ends_is_named_and_ends_the_others(place: Path, unbroken: Pa
     assert_same_run(place / "runs/a", unbroken)
 
 
+BLOCKED = ("block rank=0 step=30 phase=sync", "block rank=2 step=30 phase=sync")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("faults", "reported", "within"),
+    [
+        ([*BLOCKED, "kill rank=1 step=30 phase=sync"], "rank 1 was killed at step 30, phase sync", 5),
+        ([*BLOCKED, "raise rank=1 step=30 phase=sync"], "rank 1 raised an error at step 30, phase sync", 5),
+        ([*BLOCKED, "freeze rank=1 step=30 phase=sync"], "rank 1 is frozen at step 30, phase sync", 5 + 5),
+        ([*BLOCKED, "block rank=1 step=30 phase=forward"], "rank 1 did not answer, last seen at step 30, phase forward", 5 + 5),
+        (["block rank=1 step=30 phase=forward"], "rank 1 did not answer, last seen at step 30, phase forward", 5 + 5),
+    ],
+)
+def test_a_rank_is_named_in_time_also_by_ranks_whose_main_thread_waits_in_cpp(
+    place: Path, faults: list[str], reported: str, within: float
+):
+    """As it does for a GPU that waits for the rank that has failed."""
+    done = torchrun(3, *EXACT, "sync.timeout_s=5", cwd=place, env=fault("; ".join(faults)))
+    last_line = (place / "runs/a/metrics.jsonl").stat().st_mtime  # of step 25, five steps before
+    assert time.time() - last_line < within + 2, "and what the launcher and the last steps take"
+    assert done.code == 1
+    assert [line for line in done.err.splitlines() if line.startswith("fault:")] == [
+        f"fault: {reported}; the run ends, and the same command resumes it"
+    ]
+
+
+@pytest.mark.slow
+def test_a_signal_is_heard_while_the_main_thread_waits_in_cpp(place: Path):
+    process = start(1, *EXACT, cwd=place, env=fault("block rank=0 step=12 phase=update"))
+    wait_for_step(place / "runs/a", 10, process)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    assert process.stdout is not None
+    lines = iter(process.stdout.readline, "")
+    assert any(line == "SIGTERM: asked to stop after this step\n" for line in lines)
+    assert time.monotonic() - began < 2
+    time.sleep(0.6)
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=10) == 130
+    assert time.monotonic() - began < 2
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_run_killed_three_times_ends_as_the_unbroken_one_on_other_worlds(place: Path, tmp_path_factory):

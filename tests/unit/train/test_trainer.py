@@ -20,7 +20,6 @@ def test_a_step_in_which_nothing_is_due_brings_nothing_to_the_host(
 ):
     request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))  # which exact mode switches on
     monkeypatch.chdir(place)
-    monkeypatch.setattr("digitdist.distributed.signals.signal.signal", lambda *_: None)
     setup = prepare([], [f"sync.mode={mode}", "tracking.wandb=disabled", "data.root=data", *extra])
     accelerator = start_accelerator(setup.config, setup.plan)
     run = open_run(setup.config, setup.plan, setup.splits, 100, [])
