@@ -164,21 +164,24 @@ def evaluation_loops(setup: Setup, accelerator: Accelerator) -> dict[str, Loop]:
 
 
 def plain_way(setup_arguments: list[str], steps: int) -> float:
-    """Images a second of torchvision's MNIST with `ToTensor` an image and one worker process, without the loader's start."""
+    """Images a second of torchvision's MNIST with `ToTensor` an image and one worker process, without the loader's start, on
+    the device that the trainer takes."""
     import torchvision
 
     setup = prepare([], setup_arguments)
-    config, model = setup.config, setup.model
+    config, device = setup.config, torch.device(setup.plan.device_type)
+    model = setup.model.to(device)
     images = torchvision.datasets.MNIST(config.data.root, transform=torchvision.transforms.ToTensor())
     loader = iter(torch.utils.data.DataLoader(images, config.data.batch_size, shuffle=True, num_workers=1))
     optimizer = torch.optim.Adam(model.parameters(), config.optim.lr)
     for step in range(steps + 3):
         if step == 3:
             start = time.perf_counter()
-        pixels, labels = next(loader)
+        pixels, labels = (tensor.to(device) for tensor in next(loader))
         optimizer.zero_grad()
         F.cross_entropy(model(pixels), labels).backward()
         optimizer.step()
+    await_device(device)
     return steps * config.data.batch_size / (time.perf_counter() - start)
 
 

@@ -10,7 +10,7 @@ from datetime import timedelta
 import psutil
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import GradientAccumulationPlugin, check_cuda_p2p_ib_support
 from torch import nn
 
 from digitdist.config import Config
@@ -31,6 +31,9 @@ def start_accelerator(config: Config, plan: Plan) -> Accelerator:
     keep_freed_memory()
     if plan.world.several_hosts:
         _choose_network_interface(os.environ["MASTER_ADDR"])
+    if plan.device_type == "cuda" and plan.world.size > 1 and not check_cuda_p2p_ib_support():
+        # Cards such as RTX 4090 with an old driver; `accelerate launch` sets it itself, and under torchrun Accelerate raises.
+        os.environ |= {"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "1"}
     os.environ["ACCELERATE_DYNAMO_BACKEND"] = "NO"
     os.environ.setdefault("OMP_NUM_THREADS", str(plan.threads))  # Accelerate warns where it is not set
     # Accelerate passes DistributedDataParallel an argument that has a new name.

@@ -47,6 +47,9 @@ def make_plan(config: Config) -> Plan:
     world = read_world()
     cpu = not torch.accelerator.is_available() or environment_flag("ACCELERATE_USE_CPU")
     device_type = "cpu" if cpu else accelerator_type()
+    if device_type != "cpu" and 1 < world.local_size <= torch.accelerator.device_count():
+        # Before anything is asked of a device: or each rank would open a context on the first one.
+        torch.get_device_module(device_type).set_device(world.local_rank)
     mistakes = _launch_mistakes(config, world, device_type)
     precision, notes = "fp32", tuple[str, ...]()
     try:
@@ -83,6 +86,11 @@ def _launch_mistakes(config: Config, world: World, device_type: str) -> list[str
         mistakes.append(
             f"sync.batch_norm=true is not possible on {device_type}: torch's SyncBatchNorm needs CUDA; set it to false, or set"
             " sync.mode=exact, where BatchNorm's statistics do not depend on the world size"
+        )
+    if config.sync.compress == "powersgd" and world.size > 1 and device_type == "cpu" and torch.cuda.is_available():
+        mistakes.append(
+            "sync.compress=powersgd is not possible on the CPUs of a host with GPUs, for which torch's hook waits; hide them"
+            " with CUDA_VISIBLE_DEVICES=, or choose another value"
         )
     if config.train.compile != "none":
         mistakes += [

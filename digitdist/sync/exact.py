@@ -82,7 +82,11 @@ class Exact(SynchronousStrategy):
         self.buffers.restore(kept)
 
     def _set_gradients(self, root: Tensor) -> None:
-        """Makes each parameter's gradient a view of the root, which holds them one after another, or a copy in its dtype."""
+        """Makes each parameter's gradient a view of the root, which holds them one after another, or a copy in its dtype.
+
+        The root begins where its memory does, whoever has computed what, so a gradient's alignment, by which a GPU chooses how
+        to sum its norm, does not depend on the world size.
+        """
         offset = root.storage_offset()
         for parameter, stride in zip(self.parameters, self.strides, strict=True):
             gradient = root.as_strided(parameter.size(), stride, offset)

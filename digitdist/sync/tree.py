@@ -10,6 +10,8 @@ from torch import Tensor
 
 from digitdist.data import Sharding
 
+# Into one tensor, which saves a copy of what each rank sends. Older versions of torch have the other name alone.
+ALL_GATHER = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
 Node = tuple[int, int]  # its first shard, and how many shards it has
 
 
@@ -78,13 +80,14 @@ class TreeReduction:
         if rows:
             own_rows[: len(rows)] = torch.stack(rows)
         message = torch.cat([head, own_rows.flatten(), stop])
-        messages = [torch.empty_like(message) for _ in range(self.world_size)]
-        dist.all_gather(messages, message)
+        gathered = message.new_empty(self.world_size * len(message))
+        ALL_GATHER(gathered, message)
+        messages = gathered.view(self.world_size, -1)
 
-        heads = [m[: len(head)] for m in messages]
-        root = finish(nodes, [h.view(-1, self.length) for h in heads]) if direct else torch.cat(heads)[: self.length]
+        heads = messages[:, : len(head)]
+        root = finish(nodes, [h.view(-1, self.length) for h in heads]) if direct else heads.flatten()[: self.length]
         of_ranks = [m[len(head) : -1].view(own_rows.shape)[:n] for m, n in zip(messages, counts, strict=True)]
-        return Reduced(root, [row for of_rank in of_ranks for row in of_rank], torch.stack([m[-1] for m in messages]).sum())
+        return Reduced(root, [row for of_rank in of_ranks for row in of_rank], messages[:, -1].sum())
 
     def _own_nodes(self, tree: Tree, most: int, like: Tensor) -> Tensor:
         """This rank's nodes one after another, in a vector with room for `most` of them."""

@@ -138,6 +138,32 @@ def test_two_ranks_of_a_host_may_not_share_a_gpu(monkeypatch: pytest.MonkeyPatch
     assert make_plan(load_config()).device_type == "cpu"
 
 
+def test_each_rank_asks_its_own_gpu(monkeypatch: pytest.MonkeyPatch):
+    """Or each would open a context on the first one."""
+    in_world(monkeypatch, 2)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    asked: list[str] = []
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(plan, "accelerator_type", lambda: "cuda")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: asked.append(f"set {index}"))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: asked.append("bf16") or True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: asked.append("capability") or (9, 0))
+    assert make_plan(load_config((), ["train.compile=default"])).precision == "bf16"
+    assert asked == ["set 1", "capability", "bf16"]
+
+
+def test_powersgd_on_the_cpus_of_a_host_with_gpus_is_refused(monkeypatch: pytest.MonkeyPatch):
+    """Its hook in torch waits for the GPU, whatever the device."""
+    in_world(monkeypatch, 2)
+    assert make_plan(load_config((), ["sync.compress=powersgd"])).device_type == "cpu"
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UserError, match="hide them with CUDA_VISIBLE_DEVICES="):
+        make_plan(load_config((), ["sync.compress=powersgd"]))
+
+
 def test_threads_share_the_cores(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
     monkeypatch.setattr(plan, "cpu_quota", lambda: None)

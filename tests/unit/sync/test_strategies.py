@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from digitdist.config import load_config
-from digitdist.data import DATA_SETS, NullLossHistory, Share, Splits, normalise
+from digitdist.data import DATA_SETS, Batch, NullLossHistory, Share, Splits, normalise
 from digitdist.data.sharding import Sharding, split_bounds
 from digitdist.models import build_model
 from digitdist.sync import build_strategy
@@ -36,6 +37,18 @@ def test_the_gradient_is_that_of_the_mean_loss(
     accelerator: Accelerator, splits: Splits, mode: str, batch: int, accumulate: int, shards: int
 ):
     check_against_reference(accelerator, splits, mode, batch, accumulate, shards)
+
+
+@pytest.mark.parametrize("side", [28, 15, 30])
+def test_each_micro_batch_begins_at_aligned_memory_whatever_the_size_of_an_image(splits: Splits, side: int):
+    """GPU libraries choose kernels by alignment too, and exact mode is to have the same bits wherever a shard begins."""
+    config, info = load_config(), dataclasses.replace(MNIST, height=side, width=side)
+    loss = TrainingLoss(build_model(config.model, 0, MNIST), config, info, NullLossHistory())
+    images = torch.arange(50 * side * side).remainder(251).to(torch.uint8).view(50, side, side)
+    batch = Batch(images, torch.zeros(50, dtype=torch.int64), torch.arange(50))
+    parts = list(loss.micro_batches(batch, Sharding.of_all_ranks(1, 7)[0], 50))
+    assert [part.pixels.data_ptr() % 64 for part in parts] == [0] * 7
+    assert torch.equal(torch.cat([part.pixels for part in parts]), normalise(images, info))
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
