@@ -90,5 +90,8 @@ def peak_memory_mb(device: torch.device) -> dict[str, float | None]:
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """`tensor`, which is on the CPU, on `device`: to a GPU from pinned memory, so that the host does not wait for it."""
+    """`tensor`, which is on the CPU, on `device`: to a GPU from pinned memory, so that the host does not wait for it.
+
+    On MPS the host waits: there torch may read memory that has been freed meanwhile (pytorch#189690).
+    """
     return tensor.pin_memory().to(device, non_blocking=True) if device.type in ("cuda", "xpu") else tensor.to(device)
