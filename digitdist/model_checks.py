@@ -150,6 +150,24 @@ def check_parts(model: nn.Module, mode: str) -> None:
         raise UserError(f"the model does not take its own state_dict back, to be resumed: {in_one_line(error)}") from error
 
 
+def check_scalable(model: nn.Module, clip_norm: float) -> None:
+    """Refuses parameters whose gradients torch's `GradScaler` does not scale back, as training in fp16 needs.
+
+    It has no CUDA kernel for bfloat16, and divides no float16 before it is clipped.
+
+    Raises:
+        UserError: naming the first one.
+    """
+    refused = {torch.bfloat16, torch.float16} if clip_norm else {torch.bfloat16}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype in refused:
+            raise UserError(
+                f"the parameter {name} is {parameter.dtype}, whose gradient torch does not scale back in fp16"
+                f"{f' with optim.clip_norm={clip_norm:g}' if parameter.dtype == torch.float16 else ''}; keep parameters in"
+                " float32, with which layers compute in float16 all the same, or set train.precision=fp32"
+            )
+
+
 def _storing_problem(tensor: Tensor) -> str:
     if tensor.layout != torch.strided or tensor.device.type == "meta":
         return f"it is {tensor.layout} on {tensor.device}"

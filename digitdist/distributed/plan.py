@@ -56,6 +56,11 @@ def make_plan(config: Config) -> Plan:
         precision, notes = resolve_precision(config.train.precision, device_type, config.model)
     except UserError as error:
         mistakes += error.mistakes
+    if precision == "fp16" and config.sync.compress == "powersgd":
+        mistakes.append(
+            "sync.compress=powersgd is not possible in fp16: what it rounds off it adds to the next gradient, so one that"
+            " overflows spoils all that follow; set train.precision=bf16 or fp32, or sync.compress=fp16"
+        )
     if mistakes:
         raise UserError(*mistakes)
     if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper() != "NO":

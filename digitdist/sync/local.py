@@ -20,6 +20,8 @@ from digitdist.sync.loss import TrainingLoss, stats_tensor
 from digitdist.sync.messages import pack, unpack
 from digitdist.sync.strategy import Phase, StepStats, Strategy, check_finite, gather_state, own_state
 
+SCALER_MEMORY = ("scale", "_growth_tracker")  # of a GradScaler's state, what changes from step to step
+
 
 @dataclass
 class Exchange:
@@ -88,7 +90,7 @@ class Local(Strategy):
         Raises:
             Fault: a loss is not finite; no rank has taken in the weights that it made.
         """
-        if step % self.every and not make_equal:
+        if not self.synchronises(step, make_equal):
             return None
         self.phase("sync")
         earlier = self._take_in(step)
@@ -98,6 +100,9 @@ class Local(Strategy):
         stats = self._take_in(step)
         assert stats is not None
         return StepStats(stats.loss, stats.stop_requests + (earlier.stop_requests if earlier else 0.0))
+
+    def synchronises(self, step: int, make_equal: bool) -> bool:
+        return make_equal or not step % self.every
 
     def drain(self, step: int) -> None:
         self._take_in(step)
@@ -152,14 +157,21 @@ class Local(Strategy):
             broadcast_tensors([buffer for name, buffer in named if name in self.not_averaged])
 
     def state(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensors]:
-        """The outer momentum, and the optimizer of each rank, which differ. Collective."""
-        return {"outer": state_tensors(self.outer_optimizer)} | gather_state("optimizer", state_tensors(optimizer))
+        """The outer momentum, and the optimizer and fp16's loss scale of each rank, which differ. Collective."""
+        groups = {"outer": state_tensors(self.outer_optimizer)} | gather_state("optimizer", state_tensors(optimizer))
+        if self.accelerator.scaler:
+            own = self.accelerator.scaler.state_dict()
+            groups |= gather_state("scaler", {name: torch.tensor(own[name]) for name in SCALER_MEMORY})
+        return groups
 
     def restore(self, stored: dict[str, Tensors], optimizer: torch.optim.Optimizer) -> None:
-        """Restores what `state` returned; on another world size every rank resumes with the main rank's optimizer."""
+        """Restores what `state` returned; on another world size every rank resumes with the main rank's optimizer and scale."""
         for ours, own in zip(self.global_params, self.parameters, strict=True):
             ours.copy_(own.detach())
         load_state_tensors(self.outer_optimizer, stored.get("outer", {}))
         theirs = own_state("optimizer", stored, self.rank, self.world_size)
         if theirs is not None:
             load_state_tensors(optimizer, theirs)
+        scaler, own_scale = self.accelerator.scaler, own_state("scaler", stored, self.rank, self.world_size)
+        if scaler and own_scale is not None:
+            scaler.load_state_dict(scaler.state_dict() | {name: value.item() for name, value in own_scale.items()})

@@ -73,6 +73,10 @@ class Strategy(ABC):
         """
 
     @abstractmethod
+    def synchronises(self, step: int, make_equal: bool) -> bool:
+        """Whether ranks synchronise in this step; see `sync_round`."""
+
+    @abstractmethod
     def sync_round(self, networks: Sequence[nn.Module], step: int, make_equal: bool) -> StepStats | None:
         """Called after each update, for strategies that synchronise only now and then. Collective.
 
@@ -99,6 +103,9 @@ class Strategy(ABC):
 
 class SynchronousStrategy(Strategy):
     """What strategies have in common in which ranks synchronise in every step."""
+
+    def synchronises(self, step: int, make_equal: bool) -> bool:
+        return True
 
     def sync_round(self, networks: Sequence[nn.Module], step: int, make_equal: bool) -> StepStats | None:
         return None

@@ -53,7 +53,7 @@ class Recorder:
         if self.is_main:
             scale = self.state.scaler.get_scale() if self.state.scaler else 1.0
             gradients = (p.grad for p in self.state.model.parameters() if p.grad is not None)
-            self.gradient_norm = norm(gradients) / scale
+            self.gradient_norm = norm(gradients) / scale if scale else math.nan
 
     def step(self) -> None:
         """Notes that a step has been taken."""

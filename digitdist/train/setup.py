@@ -19,7 +19,7 @@ from digitdist.config import Config, as_dict, nearest_folder, read_config
 from digitdist.data import Order, Splits, known_info, load_splits
 from digitdist.distributed import Plan, make_plan
 from digitdist.errors import UserError
-from digitdist.model_checks import Traits, first_images, has_batch_norm, inspect_model
+from digitdist.model_checks import Traits, check_scalable, first_images, has_batch_norm, inspect_model
 from digitdist.model_state import model_state, transient_buffers
 from digitdist.models import build_model
 from digitdist.runs import has_wandb_key
@@ -127,6 +127,8 @@ def try_model(setup: Setup) -> Traits:
             f"sync.batch_norm=true needs an image for each of {num_micro_batches} micro-batches a step, and a step here has"
             f" {min(counts)}; choose a data.batch_size that divides {order.num_images}, or set sync.batch_norm=false"
         )
+    if setup.plan.precision == "fp16":
+        check_scalable(setup.model, config.optim.clip_norm)
     traits = inspect_model(
         partial(build_model, config.model, config.seed, setup.splits.info),
         partial(first_images, setup.splits.train, setup.splits.info),

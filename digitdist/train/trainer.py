@@ -62,8 +62,8 @@ class Trainer:
 
         Raises:
             Stopped: on request, after a checkpoint.
-            Fault: the loss is not finite (no weight and no checkpoint has seen it), the ranks' weights differ, or the last
-                checkpoint cannot be written.
+            Fault: the loss is not finite (no weight and no checkpoint has seen it), fp16 takes no step any more, the ranks'
+                weights differ, or the last checkpoint cannot be written.
         """
         if self.config.sync.check_every:
             self._check_weights()
@@ -105,7 +105,7 @@ class Trainer:
         values = self.strategy.compute_gradients(batch, self.order.batch_count(self.step), self.step, stop)
         stats = self._read(values) if self.reads_every_step or due.log or needs_equal else None
         self.phase("update")
-        if due.log:
+        if due.log and self.strategy.synchronises(step, needs_equal):  # or in local mode the host would wait in every step
             self.recorder.measure_gradient()
         self._update()
         stats = self.strategy.sync_round(self.average.networks, step, needs_equal) or stats
@@ -160,9 +160,14 @@ class Trainer:
         check_equal(tensors, self.step)
 
     def log(self, stats: StepStats) -> None:
-        """Logs the step just taken. Collective: every rank must call it."""
+        """Logs the step just taken. Collective: every rank must call it.
+
+        Raises:
+            Fault: fp16 takes no step any more.
+        """
         self.phase("log")
         self.recorder.log(stats)
+        self.state.check_scale()
 
     def evaluate(self) -> bool:
         """Evaluates on held-out and test images; True where the held-out accuracy is the best so far. Collective."""

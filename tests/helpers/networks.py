@@ -37,3 +37,10 @@ class Bessel(nn.Linear):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return torch.special.bessel_j0(super().forward(images.flatten(1)))
+
+
+class Light(nn.Sequential):
+    """A convolution, dropout and a linear layer, which take little even where a CPU computes in float16."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(1, 4, 5, stride=2), nn.ReLU(), nn.Dropout2d(0.2), nn.Flatten(), nn.Linear(4 * 12 * 12, 10))

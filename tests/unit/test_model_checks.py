@@ -12,7 +12,7 @@ from torch import nn
 from digitdist.config import ModelConfig
 from digitdist.data import DATA_SETS
 from digitdist.errors import UserError
-from digitdist.model_checks import Traits, inspect_model
+from digitdist.model_checks import Traits, check_scalable, inspect_model
 from digitdist.models import MODELS, build_model
 
 MNIST = DATA_SETS["mnist"]
@@ -83,6 +83,15 @@ def test_layers_that_a_mode_cannot_have_are_refused_by_name():
     for mode in ("exact", "local"):
         with pytest.raises(UserError, match="1 is a SyncBatchNorm"):
             inspect(lambda: nn.Sequential(nn.Flatten(), nn.SyncBatchNorm(784), nn.Linear(784, 10)), mode=mode)
+
+
+def test_parameters_whose_gradients_are_not_scaled_back_are_refused_in_fp16():
+    network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).half())
+    check_scalable(network, clip_norm=0)
+    with pytest.raises(UserError, match=r"1\.weight is torch\.float16.*with optim\.clip_norm=1;"):
+        check_scalable(network, clip_norm=1)
+    with pytest.raises(UserError, match=r"1\.weight is torch\.bfloat16"):
+        check_scalable(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).bfloat16()), clip_norm=0)
 
 
 def test_a_trial_leaves_the_generators_as_they_were():

@@ -91,9 +91,11 @@ def test_an_optimizer_is_torchs_own(name: str):
         assert a.grad is None
 
 
-def test_a_first_step_that_overflows_in_fp16_leaves_weights_and_momentum_as_they_were():
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_first_step_that_overflows_in_fp16_leaves_weights_and_momentum_as_they_were(name: str):
     skipping, plain = network(), network()
-    optimizer = optim.build_optimizer(skipping, OptimConfig("sgd", 0.1, momentum=0.9))
+    config = OptimConfig(name, 0.1, 0.01)  # type: ignore[arg-type]
+    optimizer, usual = (optim.build_optimizer(model, config) for model in (skipping, plain))
     scaler = torch.amp.GradScaler("cpu")
     for seed, overflow in ((0, True), (1, False), (2, False)):
         gradients(skipping, seed)
@@ -102,7 +104,6 @@ def test_a_first_step_that_overflows_in_fp16_leaves_weights_and_momentum_as_they
         scaler.scale(torch.ones(()))
         scaler.step(optimizer)
         scaler.update()
-    usual = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9, nesterov=True)
     for seed in (1, 2):
         gradients(plain, seed)
         usual.step()

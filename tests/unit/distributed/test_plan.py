@@ -54,6 +54,13 @@ def test_an_old_gpu_trains_in_fp16(monkeypatch: pytest.MonkeyPatch):
         resolve_precision("bf16", "cuda", CNN)
 
 
+def test_powersgd_which_remembers_an_overflow_is_refused_in_fp16(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(plan, "lacks", lambda precision, device_type: None)
+    assert make_plan(load_config((), ["sync.compress=powersgd", "train.precision=bf16"])).precision == "bf16"
+    with pytest.raises(UserError, match=r"sync\.compress=powersgd is not possible in fp16"):
+        make_plan(load_config((), ["sync.compress=powersgd", "train.precision=fp16"]))
+
+
 def test_a_precision_that_a_cpu_does_not_have_is_refused():
     with pytest.raises(UserError, match=r"train\.precision=fp16 is not possible.*auto, bf16, fp32"):
         resolve_precision("fp16", "cpu", CNN)

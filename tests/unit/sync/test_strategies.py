@@ -16,6 +16,7 @@ from digitdist.config import load_config
 from digitdist.data import DATA_SETS, Batch, NullLossHistory, Share, Splits, normalise
 from digitdist.data.sharding import Sharding, split_bounds
 from digitdist.models import build_model
+from digitdist.optim import build_optimizer
 from digitdist.sync import build_strategy
 from digitdist.sync.loss import TrainingLoss
 from digitdist.sync.tree import Tree
@@ -29,6 +30,24 @@ def test_the_losses_that_ranks_record_are_known_to_all(accelerator: Accelerator,
 
 def test_a_local_round_ends_in_one_outer_step_on_the_mean_of_all_ranks(accelerator: Accelerator, splits: Splits):
     check_rounds(accelerator, splits)
+
+
+def test_on_another_world_size_or_from_an_older_checkpoint_local_mode_keeps_the_main_ranks_loss_scale(
+    accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(accelerator, "scaler", torch.amp.GradScaler("cpu", init_scale=8.0))
+    config = load_config((), ["sync.mode=local"])
+    model = build_model(config.model, 0, MNIST)
+    strategy = build_strategy(config, accelerator, model, MNIST, NullLossHistory(), lambda *_: None)
+    optimizer = build_optimizer(model, config.optim)
+    stored = strategy.state(optimizer)
+    assert stored["scaler-rank-0"]["scale"] == 8
+    of_two_ranks = stored | {"scaler-rank-1": stored["scaler-rank-0"]}
+    of_older_version = {name: group for name, group in stored.items() if name != "scaler-rank-0"}
+    for found, scale in ((stored, 8), (of_two_ranks, 4), (of_older_version, 4)):
+        accelerator.scaler.load_state_dict(accelerator.scaler.state_dict() | {"scale": 4.0})  # the main rank's
+        strategy.restore(found, optimizer)
+        assert accelerator.scaler.get_scale() == scale
 
 
 @settings(max_examples=12, deadline=None)

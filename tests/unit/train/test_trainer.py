@@ -2,34 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from helpers import transfers
+from helpers import fp16_on_cpu, transfers
 
-from digitdist.distributed import Heartbeat, start_accelerator
+from digitdist.distributed import Heartbeat, process_restored, start_accelerator
 from digitdist.runs import open_run
 from digitdist.train import Trainer, prepare
 
 
+@pytest.fixture
+def build_trainer(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Trainer]]:
+    """A trainer as on a device whose values the host would have to wait for, with the options that it is given."""
+    monkeypatch.chdir(place)
+    fp16_on_cpu.put_in(monkeypatch)
+
+    def build(*options: str) -> Trainer:
+        setup = prepare([], ["tracking.wandb=disabled", "data.root=data", *options])
+        accelerator = start_accelerator(setup.config, setup.plan)
+        run = open_run(setup.config, setup.plan, setup.splits, 100, [])
+        trainer = Trainer(setup, accelerator, run, Heartbeat(run.heartbeat, setup.plan.world))
+        trainer.reads_every_step = False
+        return trainer
+
+    with process_restored(["train"]):
+        yield build
+
+
 @pytest.mark.parametrize("mode", ["ddp", "exact"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("extra", [(), ("augment.rotate=9", "optim.clip_norm=1", "train.accumulate=3", "data.focus=2")])
 def test_a_step_in_which_nothing_is_due_brings_nothing_to_the_host(
-    place: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, mode: str, extra: tuple[str, ...]
+    build_trainer: Callable[..., Trainer], mode: str, precision: str, extra: tuple[str, ...]
 ):
-    request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))  # which exact mode switches on
-    monkeypatch.chdir(place)
-    setup = prepare([], [f"sync.mode={mode}", "tracking.wandb=disabled", "data.root=data", *extra])
-    accelerator = start_accelerator(setup.config, setup.plan)
-    run = open_run(setup.config, setup.plan, setup.splits, 100, [])
-    trainer = Trainer(setup, accelerator, run, Heartbeat(run.heartbeat, setup.plan.world))
-    trainer.reads_every_step = False  # as where the device is another one
+    trainer = build_trainer(f"sync.mode={mode}", f"train.precision={precision}", "train.log_every=5", *extra)
     batches = trainer.batches()
     batch = next(batches)  # which starts the loader's pass, on the host
     with transfers.none_allowed():
-        for _ in range(setup.config.train.log_every - 1):
+        for _ in range(4):
             assert trainer.train_step(batch) is None
             batch = next(batches)
         with pytest.raises(transfers.Transfer):
             trainer.train_step(batch)  # which has a line in the log
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_nor_does_a_step_of_local_mode_before_its_round_ends(build_trainer: Callable[..., Trainer], precision: str):
+    trainer = build_trainer("sync.mode=local", "sync.every=5", "train.log_every=2", f"train.precision={precision}")
+    batches = trainer.batches()
+    batch = next(batches)
+    with transfers.none_allowed():
+        for _ in range(4):
+            assert trainer.train_step(batch) is None
+            batch = next(batches)
+        with pytest.raises(transfers.Transfer):
+            trainer.train_step(batch)
