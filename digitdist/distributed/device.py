@@ -89,6 +89,11 @@ def peak_memory_mb(device: torch.device) -> dict[str, float | None]:
     return {"host": round(host / 2**20, 1), "device": None if used is None else round(used / 2**20, 1)}
 
 
+def takes_pinned_memory(device: torch.device) -> bool:
+    """Whether `device` has memory of its own, to which a copy from pinned memory does not make the host wait. MPS has not."""
+    return device.type not in ("cpu", "mps")
+
+
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """`tensor`, which is on the CPU, on `device`: to a GPU from pinned memory, so that the host does not wait for it."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type in ("cuda", "xpu") else tensor.to(device)
+    """`tensor`, which is on the CPU, on `device`, without the host waiting for it where that can be."""
+    return tensor.pin_memory().to(device, non_blocking=True) if takes_pinned_memory(device) else tensor.to(device)

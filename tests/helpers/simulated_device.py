@@ -61,13 +61,12 @@ def _have_accelerate_use_gloo() -> None:
     Accelerator.local_process_index = property(lambda self: 0)  # by which it numbers devices: each rank has one of its own
 
 
-def note_transfers(name: str) -> None:
-    """Has `Transfers` write into a file, and know which step the trainer takes, and whether something is due in it."""
+def note_steps() -> None:
+    """Has `Transfers` know which step the trainer takes, and whether something is due in it."""
     from digitdist.train.trainer import Trainer
+
     from helpers.simulated_module import Transfers
 
-    Transfers.file = Path(f"{name}.rank{os.environ.get('RANK', '0')}")
-    Transfers.file.touch()
     batches, train_step = Trainer.batches, Trainer.train_step
 
     @contextlib.contextmanager
@@ -108,8 +107,8 @@ def main() -> None:
     sys.path[0] = os.getcwd()  # as with -m
     sys.path.append(str(Path(__file__).parents[1]))
     start()
-    if name := os.environ.get("SIMULATED_TRANSFERS"):
-        note_transfers(name)
+    if "SIMULATED_TRANSFERS" in os.environ:
+        note_steps()
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 

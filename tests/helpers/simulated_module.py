@@ -20,16 +20,15 @@ PACKAGE, HERE = (str(Path(file).parent) for file in (digitdist.__file__, __file_
 
 
 class Transfers:
-    """Notes each time that the host waits for the device, in the file of this rank."""
+    """Notes each time that the host waits for the device, in this rank's file of the name in SIMULATED_TRANSFERS."""
 
     step, due = 0, False  # the step being taken, and whether something is due in it
-    file: Path | None = None
 
     @classmethod
     def note(cls, what: str) -> None:
         Stream.catch_up()
-        if cls.file:
-            with cls.file.open("a") as opened:
+        if name := os.environ.get("SIMULATED_TRANSFERS"):
+            with open(f"{name}.rank{os.environ.get('RANK', '0')}", "a") as opened:
                 opened.write(json.dumps({"step": cls.step, "due": cls.due, "what": what, "where": where()}) + "\n")
 
 

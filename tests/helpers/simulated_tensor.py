@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import Work
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -17,8 +18,11 @@ SIM = torch.device("privateuseone", 0)
 CPU = torch.device("cpu")
 # Their result, or its shape, is a number that the host asks for.
 ASKING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal", "bincount", "repeat_interleave"}
+# What autocast computes in the lower precision, as on the CPU.
+LOWER = "conv1d conv2d conv3d conv_transpose1d conv_transpose2d.input conv_transpose3d.input linear matmul mm bmm addmm baddbmm"
 INDEXING = {"index", "index_put", "index_put_"}
 aten: Any = torch.ops.aten
+_get_plain_future = Work.get_future
 _pinned: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
 
@@ -31,7 +35,7 @@ class SimulatedTensor(torch.Tensor):
     @staticmethod
     def __new__(cls, numbers: Tensor) -> SimulatedTensor:
         tensor = torch.Tensor._make_subclass(cls, numbers, False, dispatch_device=True, device_for_backend_keys=SIM)
-        tensor.numbers = numbers
+        tensor.numbers, numbers.of_device = numbers, True
         return tensor
 
     @classmethod
@@ -87,6 +91,9 @@ def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return pinned(func(*args, **kwargs))
     if not ours and not stays:
         return func(*args, **kwargs)
+    if func._can_decompose():  # as it is elsewhere before it comes here, but not in inference mode
+        with SimulatedMode():
+            return func.decompose(*args, **kwargs)
     if func is aten._to_copy.default and bool(ours) != stays:
         if _is_later(args[0], stays, kwargs.get("non_blocking", False), None if ours else args[0]):
             numbers = func(args[0].numbers, **kwargs)
@@ -185,8 +192,43 @@ def _copying(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return made
 
 
+def _get_future(work: Any) -> Any:
+    """The future of a collective, whose value is what was sent: here the CPU's tensors in place of the device's."""
+
+    def on_device(leaf: Any) -> Any:
+        return SimulatedTensor(leaf) if hasattr(leaf, "of_device") else leaf
+
+    return _get_plain_future(work).then(lambda done: tree_map(on_device, done.value()))
+
+
+def autocast_libraries() -> tuple[torch.library.Library, torch.library.Library]:
+    """Autocast for the device, as long as what is returned exists."""
+    everything, library = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
+    everything.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+    key = torch._C.DispatchKey.AutocastPrivateUse1
+
+    def lowering(operation: Any) -> Callable[..., Any]:
+        def lowered(leaf: Any) -> Any:
+            is_single = isinstance(leaf, Tensor) and leaf.dtype == torch.float32
+            return leaf.to(torch.get_autocast_dtype(NAME)) if is_single else leaf
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+                return operation(*tree_map(lowered, args), **tree_map(lowered, kwargs))
+
+        return call
+
+    for name in LOWER.split():
+        packet, _, overload = name.partition(".")
+        library.impl(name, lowering(getattr(getattr(aten, packet), overload or "default")), "AutocastPrivateUse1")
+    return everything, library
+
+
 def patch_torch() -> None:
     """Gives torch what a device written in Python cannot give it otherwise."""
+    global _autocast
+    _autocast = autocast_libraries()
+    Work.get_future = _get_future
     torch.Tensor.pin_memory, torch.Tensor.is_pinned = pin_memory, is_pinned
     torch.Event, torch.Stream = Event, Stream
     torch.tensor, torch.as_tensor = (_copying(function) for function in (torch.tensor, torch.as_tensor))
