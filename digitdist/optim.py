@@ -19,8 +19,13 @@ TRAINABLE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # dty
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """The configured optimizer over all parameters of `model`, in torch's fused form: one pass over the weights a step.
 
-    That takes floating-point parameters alone; others cannot be trained.
+    That takes floating-point parameters alone; others cannot be trained. Each is laid out densely in memory, in place.
     """
+    parameters = [p for p in model.parameters() if p.dtype in TRAINABLE]
+    for parameter in parameters:
+        dense = torch.empty_like(parameter)
+        if parameter.stride() != dense.stride():  # a view with gaps, which a fused update on CPUs would take for numbers
+            parameter.data = dense.copy_(parameter)
     options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
     if config.name == "sgd":
         kind: type[torch.optim.Optimizer] = torch.optim.SGD
@@ -28,7 +33,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     else:
         kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
         options |= {"betas": (config.beta1, config.beta2)}
-    optimizer = eager_optimizer(kind, [p for p in model.parameters() if p.dtype in TRAINABLE], **options)
+    optimizer = eager_optimizer(kind, parameters, **options)
     if options.get("momentum"):
         # Or it makes them without values, and leaves them so where fp16 overflows in the first step. The bits are the same.
         for parameter in (p for p in optimizer.param_groups[0]["params"] if p.requires_grad):

@@ -18,6 +18,7 @@ from digitdist.data.datasets import AnySet, Batch, Share, StreamedSet
 from digitdist.data.order import Order
 from digitdist.data.sharding import Sharding
 from digitdist.data.workers import loader_options
+from digitdist.distributed import takes_pinned_memory
 
 
 class TrainingSampler(Sampler[Share]):
@@ -60,14 +61,16 @@ class EvaluationSampler(Sampler[Share]):
 
 def prepare_loader(accelerator: Accelerator, images: AnySet, sampler: Sampler[Share]) -> DataLoader[Batch]:
     """A loader of this rank's shares. Images in memory are on the device already, and are indexed there: no copy a step.
-    Streamed ones are read by worker processes, which stay for the next pass."""
+    Streamed ones are read by worker processes, which stay for the next pass, and copied without the host waiting for it."""
+    streams = isinstance(images, StreamedSet)
     loader: DataLoader[Batch] = DataLoader(
         images,
         batch_sampler=sampler,  # type: ignore[arg-type]
         persistent_workers=images.workers > 0,
+        pin_memory=streams and takes_pinned_memory(accelerator.device),
         **loader_options(images.workers),
     )
-    return accelerator.prepare_data_loader(loader, device_placement=isinstance(images, StreamedSet))
+    return accelerator.prepare_data_loader(loader, device_placement=streams)
 
 
 def evaluation_loader(accelerator: Accelerator, images: AnySet, chunk_size: int) -> DataLoader[Batch]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ def normalise(images: Tensor, info: DataSetInfo) -> Tensor:
     """uint8 [n, h, w] or [n, c, h, w] to float32 [n, c, h, w], each channel of about zero mean and unit deviation."""
     if info.channels == 1:
         return images.unsqueeze(1).float().sub_(255 * info.mean[0]).mul_(1 / (255 * info.std[0]))
-    mean, std = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (info.mean, info.std))
+    mean, std = (per_channel(values, images.device) for values in (info.mean, info.std))
     return images.float().sub_(255 * mean).div_(255 * std)
 
 
@@ -25,16 +27,21 @@ def displayable(images: Tensor) -> np.ndarray:
     return (images.permute(0, 2, 3, 1) if images.ndim == 4 else images).numpy()
 
 
-def black(info: DataSetInfo) -> Tensor | float:
-    """What a black pixel is after `normalise`: a number, or in colour float32 [c, 1, 1]."""
-    values = [-mean / std for mean, std in zip(info.mean, info.std, strict=True)]
-    return values[0] if len(values) == 1 else torch.tensor(values).view(-1, 1, 1)
+def black(info: DataSetInfo) -> Tensor:
+    """What a black pixel is after `normalise`: float32 [], or in colour [c, 1, 1]; on the CPU."""
+    values = torch.tensor([-mean / std for mean, std in zip(info.mean, info.std, strict=True)])
+    return values[0] if len(values) == 1 else values.view(-1, 1, 1)
+
+
+def per_channel(values: Sequence[float], device: torch.device) -> Tensor:
+    """One number for each channel, float32 [c, 1, 1], made on the device: the host would wait for a copy."""
+    return torch.stack([torch.full((1, 1), value, device=device) for value in values])
 
 
 def augment(images: Tensor, config: AugmentConfig, background: Tensor | float) -> Tensor:
     """Each image of float32 [n, c, h, w] shifted, rotated, scaled and sheared at random, drawn from torch's CPU generator.
 
-    Pixels that come from outside an image have the value `background`, a number or float32 [c, 1, 1].
+    Pixels that come from outside an image have the value `background`, a number, or float32 [] or [c, 1, 1] on the same device.
     """
     if not (config.shift or config.rotate or config.scale or config.shear) or not len(images):
         return images
@@ -45,8 +52,6 @@ def augment(images: Tensor, config: AugmentConfig, background: Tensor | float) -
     height, width = images.shape[-2:]
     # In the units of grid_sample, where an image extends from -1 to 1 both ways.
     x, y = ((torch.arange(size, device=images.device) - (size - 1) / 2) * (2 / size) for size in (width, height))
-    if isinstance(background, Tensor):
-        background = background.to(images.device)
     # The source of each pixel, [[cos, -sin], [sin, cos]] @ [[1, shear], [0, 1]] @ (x, y) + shift, as two sums a pixel:
     # the matrix product of F.affine_grid takes a third of the whole time.
     source_x = cos * x + config.shift * (2 / width) * shift_x

@@ -5,7 +5,14 @@ Whatever depends on a launcher, a device, a signal or another rank's fate belong
 
 from digitdist.distributed.accelerator import prepare_module, start_accelerator
 from digitdist.distributed.collectives import broadcast_tensors, check_equal, gather_rows, run_on_main
-from digitdist.distributed.device import describe_instructions, device_name, num_cores, peak_memory_mb, to_device
+from digitdist.distributed.device import (
+    describe_instructions,
+    device_name,
+    num_cores,
+    peak_memory_mb,
+    takes_pinned_memory,
+    to_device,
+)
 from digitdist.distributed.failures import FailedRank, find_failed_rank, is_collective_failure
 from digitdist.distributed.heartbeat import LEFT, NOTICED, RAISED, Heartbeat, read_beats
 from digitdist.distributed.phases import PhaseTimer
@@ -51,5 +58,6 @@ __all__ = [
     "run_on_main",
     "run_preflight",
     "start_accelerator",
+    "takes_pinned_memory",
     "to_device",
 ]

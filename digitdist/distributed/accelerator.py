@@ -49,8 +49,8 @@ def start_accelerator(config: Config, plan: Plan) -> Accelerator:
         mixed_precision="no" if plan.precision == "fp32" else plan.precision,
         # Set explicitly, since Accelerate would otherwise read it from the environment and divide the loss by it.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        # A step may have fewer images than ranks, and no image is repeated to make the shares even.
-        dataloader_config=DataLoaderConfiguration(even_batches=False),
+        # A step may have fewer images than ranks, and no image is repeated to make the shares even. Streamed images are pinned.
+        dataloader_config=DataLoaderConfiguration(even_batches=False, non_blocking=True),
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=timedelta(seconds=config.sync.timeout_s + extra_s)),
             # Buffers matter only in evaluations and checkpoints, and rank 0's are sent to all ranks before those. No static

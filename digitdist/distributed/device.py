@@ -89,9 +89,12 @@ def peak_memory_mb(device: torch.device) -> dict[str, float | None]:
     return {"host": round(host / 2**20, 1), "device": None if used is None else round(used / 2**20, 1)}
 
 
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """`tensor`, which is on the CPU, on `device`: to a GPU from pinned memory, so that the host does not wait for it.
+def takes_pinned_memory(device: torch.device) -> bool:
+    """Whether a copy from pinned memory to `device` does not make the host wait. To MPS it must: there torch may read memory
+    that has been freed meanwhile (pytorch#189690)."""
+    return device.type not in ("cpu", "mps")
 
-    On MPS the host waits: there torch may read memory that has been freed meanwhile (pytorch#189690).
-    """
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type in ("cuda", "xpu") else tensor.to(device)
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`tensor`, which is on the CPU, on `device`, without the host waiting for it where that can be."""
+    return tensor.pin_memory().to(device, non_blocking=True) if takes_pinned_memory(device) else tensor.to(device)

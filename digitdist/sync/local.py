@@ -81,31 +81,32 @@ class Local(Strategy):
         self.fill_gradients()
         self.num_images, self.stop = self.num_images + count, stop
 
-    def sync_round(self, networks: Sequence[nn.Module], step: int, make_equal: bool) -> StepStats | None:
+    def sync_round(self, networks: Sequence[nn.Module], step: int, make_equal: bool, look: bool) -> StepStats | None:
         """Exchanges this round's differences, if the round ends here. Collective then: every rank must call it.
 
         The loss in its stats is the mean over all images of a round: this one or, with `sync.overlap`, the one before; None
         where there is none. With `make_equal` this round is taken in at once. A moving average is averaged like a buffer.
 
         Raises:
-            Fault: a loss is not finite; no rank has taken in the weights that it made.
+            Fault: with `look`, a loss is not finite; no rank has taken in the weights that it made.
         """
         if not self.synchronises(step, make_equal):
             return None
         self.phase("sync")
-        earlier = self._take_in(step)
+        earlier = self._take_in(step, look)
         self._send(networks)
         if self.overlap and not make_equal:
             return earlier
-        stats = self._take_in(step)
-        assert stats is not None
-        return StepStats(stats.loss, stats.stop_requests + (earlier.stop_requests if earlier else 0.0))
+        stats = self._take_in(step, look)
+        if stats is None or earlier is None:
+            return stats
+        return StepStats(stats.loss, stats.stop_requests + earlier.stop_requests)
 
     def synchronises(self, step: int, make_equal: bool) -> bool:
         return make_equal or not step % self.every
 
     def drain(self, step: int) -> None:
-        self._take_in(step)
+        self._take_in(step, look=True)
 
     @torch.no_grad()
     def _send(self, networks: Sequence[nn.Module]) -> None:
@@ -120,17 +121,15 @@ class Local(Strategy):
         self.own_losses, self.num_images = [], 0
 
     @torch.no_grad()
-    def _take_in(self, step: int) -> StepStats | None:
-        """Waits for the exchange that is in flight and takes the outer step; None if there is none."""
+    def _take_in(self, step: int, look: bool) -> StepStats | None:
+        """Waits for the exchange that is in flight and takes the outer step; None if there is none, or without `look`."""
         exchange, self.exchange = self.exchange, None
         if exchange is None:
             return None
         for work in exchange.work:
             work.wait()
         *sums, told = unpack(exchange.messages, exchange.parts)
-        total, stop_requests = told.tolist()
-        stats = StepStats(total / exchange.num_images, stop_requests)
-        check_finite(stats, exchange.losses, step)
+        stats = self._read(told, exchange, step) if look else None
         means = [part / self.world_size for part in sums]
         for parameter, difference in zip(self.global_params, means, strict=False):
             parameter.grad = difference
@@ -139,6 +138,12 @@ class Local(Strategy):
         targets = [*self.parameters, *self._averaged(exchange.networks)]  # as they are now: a forward pass may replace buffers
         for target, value, sent in zip(targets, agreed, exchange.sent, strict=True):
             target.copy_(value + (target - sent))
+        return stats
+
+    def _read(self, told: Tensor, exchange: Exchange, step: int) -> StepStats:
+        total, stop_requests = told.tolist()
+        stats = StepStats(total / exchange.num_images, stop_requests)
+        check_finite(stats, exchange.losses, step)
         return stats
 
     def _averaged(self, networks: Sequence[nn.Module]) -> list[Tensor]:

@@ -54,7 +54,8 @@ class TrainingLoss(nn.Module):
         super().__init__()
         self.model, self.loss_history, self.one_graph = model, loss_history, one_graph
         self.info, self.augment = info, config.augment
-        self.background = black(info)
+        self.background: Tensor
+        self.register_buffer("background", black(info))  # which goes to the device with this module
         self.label_smoothing, self.seed = config.train.label_smoothing, config.seed
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.signal = nn.Parameter(torch.zeros(2))

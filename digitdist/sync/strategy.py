@@ -65,6 +65,10 @@ class Strategy(ABC):
         return False
 
     @abstractmethod
+    def synchronises(self, step: int, make_equal: bool) -> bool:
+        """Whether ranks synchronise at `step`; with `make_equal` they must."""
+
+    @abstractmethod
     def compute_gradients(self, batch: Batch, count: int, step: int, stop: bool) -> Tensor | None:
         """The gradients of the step that follows `step`, from this rank's share of a global batch of `count` images.
 
@@ -73,15 +77,11 @@ class Strategy(ABC):
         """
 
     @abstractmethod
-    def synchronises(self, step: int, make_equal: bool) -> bool:
-        """Whether ranks synchronise in this step; see `sync_round`."""
-
-    @abstractmethod
-    def sync_round(self, networks: Sequence[nn.Module], step: int, make_equal: bool) -> StepStats | None:
+    def sync_round(self, networks: Sequence[nn.Module], step: int, make_equal: bool, look: bool) -> StepStats | None:
         """Called after each update, for strategies that synchronise only now and then. Collective.
 
         `networks` are the model and, if there is one, its moving average; with `make_equal` all ranks must end with equal
-        weights, since they are evaluated or saved.
+        weights, since they are evaluated or saved. Without `look` no host waits for its device, and no stats are returned.
         """
 
     @abstractmethod
@@ -107,7 +107,7 @@ class SynchronousStrategy(Strategy):
     def synchronises(self, step: int, make_equal: bool) -> bool:
         return True
 
-    def sync_round(self, networks: Sequence[nn.Module], step: int, make_equal: bool) -> StepStats | None:
+    def sync_round(self, networks: Sequence[nn.Module], step: int, make_equal: bool, look: bool) -> StepStats | None:
         return None
 
     def drain(self, step: int) -> None:

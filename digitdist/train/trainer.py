@@ -101,14 +101,16 @@ class Trainer:
         step = self.heartbeat.step = self.step + 1
         due = self.cadence.between(self.synced_step, step)
         needs_equal = self.cadence.needs_equal_weights(step)
+        synchronises = self.strategy.synchronises(step, needs_equal)
+        look = synchronises and (self.reads_every_step or due.log or due.check or needs_equal)
         stop = self.stop_request.is_requested(self.run.stop_file)
         values = self.strategy.compute_gradients(batch, self.order.batch_count(self.step), self.step, stop)
-        stats = self._read(values) if self.reads_every_step or due.log or needs_equal else None
+        stats = self._read(values) if look else None
         self.phase("update")
-        if due.log and self.strategy.synchronises(step, needs_equal):  # or in local mode the host would wait in every step
+        if due.log and synchronises:
             self.recorder.measure_gradient()
         self._update()
-        stats = self.strategy.sync_round(self.average.networks, step, needs_equal) or stats
+        stats = self.strategy.sync_round(self.average.networks, step, needs_equal, look) or stats
         if due.check and stats and not self.strategy.in_flight:
             self._check_weights()
         self.recorder.step()

@@ -73,8 +73,8 @@ def outcome(accelerator: Accelerator, folder: Path, options: list[str]) -> dict[
     config = load_config([str(run / "config.yaml")])
     stored = StoredRun(run, config, DATA_SETS["mnist"])
     model = stored.model(stored.checkpoint("last"))
-    model.to(memory_format=prepare([], options).traits.layout)
-    loader = chunked_loader(accelerator, few_images().test, config)
+    model.to(accelerator.device).to(memory_format=prepare([], options).traits.layout)
+    loader = chunked_loader(accelerator, few_images().test.to(accelerator.device), config)
     again = evaluate(accelerator, model, loader, DATA_SETS["mnist"])
     result = json.loads((run / "result.json").read_text())
     losses = [line["train/loss"] for line in read_metrics(run) if "train/loss" in line]
