@@ -70,12 +70,11 @@ def num_cores(quota: float | None) -> int:
 
 def device_name(device_type: str) -> str:
     """The maker's name for this process's device of type `device_type`."""
-    if device_type in ("cuda", "xpu"):
-        return getattr(torch, device_type).get_device_name()
     if device_type == "cpu" and Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
-    return platform.machine()
+    tell = getattr(torch.get_device_module(device_type), "get_device_name", platform.machine)  # MPS and the CPU have none
+    return tell()
 
 
 def peak_memory_mb(device: torch.device) -> dict[str, float | None]:
@@ -85,7 +84,8 @@ def peak_memory_mb(device: torch.device) -> dict[str, float | None]:
         host = int(status.partition("VmHWM:")[2].split()[0]) * 1024
     else:
         host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    used = getattr(torch, device.type).max_memory_allocated(device) if device.type in ("cuda", "xpu") else None
+    measure = getattr(torch.get_device_module(device), "max_memory_allocated", None)  # MPS and the CPU have none
+    used = measure(device) if measure else None
     return {"host": round(host / 2**20, 1), "device": None if used is None else round(used / 2**20, 1)}
 
 

@@ -23,11 +23,9 @@ def start_profiler(steps: int, device: torch.device, folder: Path) -> torch.prof
     """Profiles `steps` steps after a warm-up, into ``trace.json`` in `folder`; nothing for 0."""
     if not steps:
         return NullProfiler()
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    kinds = torch.profiler.ProfilerActivity
     profiler = torch.profiler.profile(
-        activities=activities,
+        activities={kinds.CPU, getattr(kinds, device.type.upper(), kinds.CPU)},
         schedule=torch.profiler.schedule(wait=0, warmup=WARMUP_STEPS, active=steps, repeat=1),
         on_trace_ready=lambda done: done.export_chrome_trace(str(folder / "trace.json")),
     )

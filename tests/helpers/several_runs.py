@@ -1,7 +1,7 @@
 """Trains one run after another in the same process, or on the same processes: ``python -m helpers.several_runs FILE``.
 
-FILE is a JSON list of command lines, each a list of ``key=value`` with a ``run.name``. Where SIMULATED_TRANSFERS is set, each run
-has its transfers in a file of its name beside FILE.
+FILE is a JSON list of command lines, each a list of ``key=value`` with a ``run.name``. Where SIMULATED_TRANSFERS is set, each
+run has its transfers in a file of its name beside FILE.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """A simulated accelerator, ``sim``. Its tensors lie in the CPU's memory and the CPU's kernels compute on them, so that a run on
-it has the bits of a run on the CPU. Like any other accelerator it refuses a host tensor among its own, its generator wants a seed
-of its own, and the host waits for it wherever something crosses.
+it has the bits of a run on the CPU. Like any other accelerator it refuses a host tensor among its own, its generator wants a
+seed of its own, and the host waits for it wherever something crosses.
 
     python tests/helpers/simulated_device.py MODULE [ARGS...]
 
 does what ``python -m MODULE ARGS...`` does, with ``sim`` as the accelerator of this process; also under torchrun, where ranks
-meet over gloo. With SIMULATED_TRANSFERS=FILE each rank appends to FILE.rankN one JSON line for each time that its host waits: the
-step being taken, from the reading of its batch on (0 outside of steps), whether something is due in it, what crossed, and where.
+meet over gloo. With SIMULATED_TRANSFERS=FILE each rank appends to FILE.rankN one JSON line for each time that its host waits:
+the step being taken, from the reading of its batch on (0 outside of steps), whether something is due in it, what crossed, and
+where.
 
 Copies that do not block are no such time: those to the device from pinned memory, and those to the host. The latter hold
 nonsense until an event that was recorded after them has come, which takes SIMULATED_LAG queries (none unless told).
@@ -64,7 +65,6 @@ def _have_accelerate_use_gloo() -> None:
 def note_steps() -> None:
     """Has `Transfers` know which step the trainer takes, and whether something is due in it."""
     from digitdist.train.trainer import Trainer
-
     from helpers.simulated_module import Transfers
 
     batches, train_step = Trainer.batches, Trainer.train_step

@@ -7,7 +7,6 @@ import json
 import os
 import resource
 import sys
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 import digitdist
 
 NAME = "sim"
-PACKAGE, HERE = (str(Path(file).parent) for file in (digitdist.__file__, __file__))
+PACKAGE, HERE = (os.path.dirname(file) for file in (digitdist.__file__, __file__))
 
 
 class Transfers:
@@ -36,7 +35,7 @@ def where() -> str:
     """The innermost lines of digitdist that led here, else of anything else. The backward pass has a thread of its own."""
     frames, frame = [], sys._getframe()
     while frame:
-        frames.append((frame.f_code.co_filename, f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"))
+        frames.append((frame.f_code.co_filename, f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"))
         frame = frame.f_back
     others = [place for file, place in frames if not file.startswith(HERE)]
     ours = [place for file, place in frames if file.startswith(PACKAGE)]

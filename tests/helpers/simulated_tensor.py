@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.distributed import Work
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from helpers.simulated_module import NAME, DeviceModule, Event, Stream, Transfers
 
@@ -82,7 +82,9 @@ def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Does `func` on the CPU, after it has been looked at where it is about the device."""
     if func is torch.ops.prim.device.default:
         return SIM
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    tensors: list[Tensor] = []
+    for value in (*args, *kwargs.values()):
+        _each(value, lambda leaf: tensors.append(leaf) if isinstance(leaf, Tensor) else None)
     ours = [tensor for tensor in tensors if isinstance(tensor, SimulatedTensor)]
     hosts = [tensor for tensor in tensors if not isinstance(tensor, SimulatedTensor)]
     device = kwargs.get("device")
@@ -91,7 +93,7 @@ def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return pinned(func(*args, **kwargs))
     if not ours and not stays:
         return func(*args, **kwargs)
-    if func._can_decompose():  # as it is elsewhere before it comes here, but not in inference mode
+    if _is_composite(func):  # as it is elsewhere before it comes here, but not in inference mode
         with SimulatedMode():
             return func.decompose(*args, **kwargs)
     if func is aten._to_copy.default and bool(ours) != stays:
@@ -105,9 +107,19 @@ def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         _check(func, args, hosts)
     if torch.Tag.nondeterministic_seeded in func.tags and DeviceModule.seed != torch.default_generator.initial_seed():
         raise RuntimeError(f"{func} draws from the device's generator, whose seed is {DeviceModule.seed}")
-    result = func(*tree_map(_to_cpu, args), **tree_map(_to_cpu, kwargs))
+    result = func(*_each(args, _to_cpu), **{name: _each(value, _to_cpu) for name, value in kwargs.items()})
     known = {id(tensor.numbers): tensor for tensor in ours} | {id(tensor): tensor for tensor in hosts}
-    return tree_map(lambda leaf: _from_cpu(leaf, known), result) if stays else result
+    return _each(result, lambda leaf: _from_cpu(leaf, known)) if stays else result
+
+
+def _each(value: Any, change: Callable[[Any], Any]) -> Any:
+    """`value` with `change` made to it, or to each item of a list or tuple, and of those in it."""
+    return type(value)(_each(item, change) for item in value) if isinstance(value, (list, tuple)) else change(value)
+
+
+@functools.cache
+def _is_composite(func: Any) -> bool:
+    return func._can_decompose()
 
 
 def _is_sim(device: Any) -> bool:
@@ -198,7 +210,7 @@ def _get_future(work: Any) -> Any:
     def on_device(leaf: Any) -> Any:
         return SimulatedTensor(leaf) if hasattr(leaf, "of_device") else leaf
 
-    return _get_plain_future(work).then(lambda done: tree_map(on_device, done.value()))
+    return _get_plain_future(work).then(lambda done: _each(done.value(), on_device))
 
 
 def autocast_libraries() -> tuple[torch.library.Library, torch.library.Library]:
@@ -214,7 +226,7 @@ def autocast_libraries() -> tuple[torch.library.Library, torch.library.Library]:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-                return operation(*tree_map(lowered, args), **tree_map(lowered, kwargs))
+                return operation(*_each(args, lowered), **{name: lowered(value) for name, value in kwargs.items()})
 
         return call
 

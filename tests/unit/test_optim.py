@@ -54,6 +54,21 @@ def test_onecycle_is_torchs():
     assert ours[-1] == pytest.approx(0, abs=1e-12)
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_parameter_that_is_a_view_with_gaps_takes_the_updates_of_a_dense_one(name: str):
+    numbers = torch.randn(4, 6)
+    updated = []
+    for weights in (numbers.clone()[:, ::2], numbers[:, ::2].clone()):
+        model = torch.nn.Module()
+        model.weight = torch.nn.Parameter(weights)
+        optimizer = optim.build_optimizer(model, OptimConfig(name=name))  # type: ignore[arg-type]
+        for step in range(3):
+            model.weight.grad = torch.full((4, 3), 0.1 * (step + 1))
+            optimizer.step()
+        updated.append(model.weight)
+    assert torch.equal(*updated)
+
+
 @pytest.mark.parametrize("name", ["constant", "step", "cosine", "onecycle"])
 @pytest.mark.parametrize("total", [1, 2, 3])
 def test_a_short_training_has_rates_too(name: str, total: int):

@@ -1,4 +1,4 @@
-"""The trainer in this process."""
+"""The trainer in fp16 in this process; integration/test_simulated_device.py has it in fp32, on a device."""
 
 from __future__ import annotations
 
@@ -32,12 +32,11 @@ def build_trainer(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call
 
 
 @pytest.mark.parametrize("mode", ["ddp", "exact"])
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("extra", [(), ("augment.rotate=9", "optim.clip_norm=1", "train.accumulate=3", "data.focus=2")])
 def test_a_step_in_which_nothing_is_due_brings_nothing_to_the_host(
-    build_trainer: Callable[..., Trainer], mode: str, precision: str, extra: tuple[str, ...]
+    build_trainer: Callable[..., Trainer], mode: str, extra: tuple[str, ...]
 ):
-    trainer = build_trainer(f"sync.mode={mode}", f"train.precision={precision}", "train.log_every=5", *extra)
+    trainer = build_trainer(f"sync.mode={mode}", "train.precision=fp16", "train.log_every=5", *extra)
     batches = trainer.batches()
     batch = next(batches)  # which starts the loader's pass, on the host
     with transfers.none_allowed():
@@ -48,9 +47,8 @@ def test_a_step_in_which_nothing_is_due_brings_nothing_to_the_host(
             trainer.train_step(batch)  # which has a line in the log
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_nor_does_a_step_of_local_mode_before_its_round_ends(build_trainer: Callable[..., Trainer], precision: str):
-    trainer = build_trainer("sync.mode=local", "sync.every=5", "train.log_every=2", f"train.precision={precision}")
+def test_nor_does_a_step_of_local_mode_before_its_round_ends(build_trainer: Callable[..., Trainer]):
+    trainer = build_trainer("sync.mode=local", "sync.every=5", "train.log_every=2", "train.precision=fp16")
     batches = trainer.batches()
     batch = next(batches)
     with transfers.none_allowed():
