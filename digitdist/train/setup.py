@@ -137,5 +137,7 @@ def try_model(setup: Setup) -> Traits:
         repeatable=bool(config.sync.check_every) and (exact or setup.plan.world.size > 1),
     )
     if setup.plan.device_type == "mps" and has_batch_norm(setup.model):
-        return dataclasses.replace(traits, layout_problem="torch computes wrong gradients of BatchNorm so on MPS, pytorch#175189")
+        return dataclasses.replace(
+            traits, layout_problem="torch computes wrong gradients of BatchNorm so on MPS, pytorch#175189"
+        )
     return traits
