@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import on_device
@@ -22,35 +23,45 @@ CASES = {
     "accumulated": ("train.accumulate=2",),
     "exact": ("sync.mode=exact",),
 }
+PARTS = {"first part": ("run.name=a", "train.max_steps=7"), "second part": ("run.name=a",)}
+
+
+@pytest.fixture(scope="module")
+def overflown(tmp_path_factory: pytest.TempPathFactory, mnist_root: Path) -> tuple[Path, dict[str, list[dict[str, Any]]]]:
+    """A folder with the runs of `CASES` and `PARTS`, and what each of their steps has changed."""
+    skip_without(PRECISION)
+    place = tmp_path_factory.mktemp("overflown")
+    (place / "data").symlink_to(mnist_root)
+    cases = {name: (*COMMON, *own) for name, own in (CASES | PARTS).items()}
+    (found,) = on_device.train(cases, place, watch="overflow")
+    return place, {name: case["steps"] for name, case in found.items()}
 
 
 @pytest.mark.claim("fp16: a step that overflows is skipped; weights, momentum and what follows are as without it")
-def test_a_step_that_overflows_changes_the_scale_alone(place: Path):
-    skip_without(PRECISION)
-    (found,) = on_device.train({name: (*COMMON, *own) for name, own in CASES.items()}, place, watch="overflow")
-    for name, of_case in found.items():
-        for step in of_case["steps"]:
-            forced = step["step"] in OVERFLOWS and not SIMULATED
-            assert step["forced"] == forced
-            assert step["finite"], (name, step)
-            assert step["weights changed"] != forced, (name, step)
-            assert step["optimizer changed"] != forced, (name, step)
-            assert step["scale"][1] == step["scale"][0] * (0.5 if forced else 1), (name, step)
-            assert step["momentum error"] < 1e-5, (name, step)
-        assert losses(place / f"runs/{name}")[-1] < losses(place / f"runs/{name}")[0], name
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_that_overflows_changes_the_scale_alone(overflown: tuple[Path, dict[str, list[dict[str, Any]]]], name: str):
+    place, steps = overflown
+    for step in steps[name]:
+        forced = step["step"] in OVERFLOWS and not SIMULATED
+        assert step["forced"] == forced
+        assert step["finite"], step
+        assert step["weights changed"] != forced, step
+        assert step["optimizer changed"] != forced, step
+        assert step["scale"][1] == step["scale"][0] * (0.5 if forced else 1), step
+        assert step["momentum error"] < 1e-5, step
+    found = losses(place / f"runs/{name}")
+    assert len(found) == 12
+    assert found[-1] < found[0]
     on_device.only_rehearsed("a simulated device has no fp16")
 
 
 @pytest.mark.claim("fp16: the scale of the loss is saved, and resumed")
-def test_the_scale_is_resumed(place: Path):
-    skip_without(PRECISION)
-    arguments = (*COMMON, "run.name=a")
-    (first,) = on_device.train({"a": (*arguments, "train.max_steps=7")}, place, watch="overflow")
-    stored = read(folders(place / "runs/a/checkpoints")[-1]).state.get("scaler", {})
-    (second,) = on_device.train({"a": arguments}, place, watch="overflow")
-    scales = first["a"]["steps"][-1]["scale"][1], second["a"]["steps"][0]["scale"][0]
-    assert [step["step"] for step in second["a"]["steps"]] == [8, 9, 10, 11, 12]
+def test_the_scale_is_resumed(overflown: tuple[Path, dict[str, list[dict[str, Any]]]]):
+    place, steps = overflown
+    stored = read(folders(place / "runs/a/checkpoints")[0])
+    assert stored.step == 7
+    assert [step["step"] for step in steps["second part"]] == [8, 9, 10, 11, 12]
     on_device.only_rehearsed("a simulated device has no fp16")
-    assert scales == (stored["scale"], stored["scale"])
-    assert stored["scale"] == 65536 / 4, "two steps have overflowed"
-    assert stored["_growth_tracker"] == 2, "steps since the last of them"
+    assert stored.state["scaler"]["scale"] == 65536 / 4, "two steps have overflowed"
+    assert stored.state["scaler"]["_growth_tracker"] == 2, "steps since the last of them"
+    assert steps["first part"][-1]["scale"][1] == steps["second part"][0]["scale"][0] == 65536 / 4
