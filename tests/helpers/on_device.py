@@ -23,7 +23,7 @@ from helpers.launching import BIN, CLEAN, HIDING, QUIET, ROOT, SHOWN, Outcome, r
 
 SIMULATED = os.environ.get("DIGITDIST_TEST_DEVICE") == "simulated"
 SIMULATOR = ROOT / "tests/helpers/simulated_device.py"
-SIMULATED_DEVICES = 3
+SIMULATED_DEVICES = 2
 # 610 images to train on, so that an epoch's last batch is a short one.
 FEW = (*QUIET, "data.target=helpers.data_sets.FewDigits", "data.batch_size=50", "train.log_every=5", "train.threads=1")
 FP32 = "train.precision=fp32"
