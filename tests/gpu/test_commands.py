@@ -26,7 +26,7 @@ def said(tmp_path_factory: pytest.TempPathFactory, mnist_root: Path, splits: Spl
     """A folder with a run that was trained on the GPU, and what each command has printed about it there."""
     place = tmp_path_factory.mktemp("commands")
     (place / "data").symlink_to(mnist_root)
-    on_device.train({"a": (*FEW, FP32, "model.name=convnet", "train.max_steps=60")}, place)
+    on_device.train({"a": (*FEW, FP32, "model.name=convnet", "train.max_steps=40")}, place)
     for number, image in enumerate(splits.test.read(torch.arange(20)).images):
         Image.fromarray(image.numpy()).save(place / f"{number:02}.png")
     beside = {"predict": ["digitdist.predict", "a", *(f"{number:02}.png" for number in range(20)), "--json"]}

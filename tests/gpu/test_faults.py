@@ -16,7 +16,7 @@ from helpers.runs import assert_same_run, attempts, wait_until
 from digitdist.distributed import read_beats
 
 pytestmark = [pytest.mark.gpu, pytest.mark.needs(gpus=2), pytest.mark.timeout(300)]
-TIMEOUT_S = 5 if SIMULATED else 10
+TIMEOUT_S = 3 if SIMULATED else 10
 KINDS = ("kill", "raise", "freeze", "block")
 PHASES = {"data": 27, "forward": 27, "backward": 27, "sync": 27, "update": 27, "log": 25, "eval": 26, "save": 20}  # and a step
 PAIRS = [(kind, phase) for phase in PHASES for kind in KINDS]

@@ -36,8 +36,8 @@ def in_two_parts(name: str, *arguments: str) -> Group:
 def groups() -> dict[str, dict[int, Group]]:
     """All trainings here, by the name of a group and the world size."""
     sizes = range(1, MOST + 1)
-    found = {
-        "exact": {size: Group({f"exact on {size}": UNEVEN}) for size in range(1, MOST + 1)},
+    found: dict[str, dict[int, Group]] = {
+        "exact": {size: Group({f"exact on {size}": UNEVEN}) for size in sizes},
         "first part": {MOST: Group({"first part": (*UNEVEN, "train.max_steps=13", "run.name=resumed")})},
         "resumed": {1: Group({"resumed": UNEVEN})},
         "views": {2: Group({"views": (*FEW, FP32, "train.max_steps=2")}, watch="looks")},
@@ -45,16 +45,10 @@ def groups() -> dict[str, dict[int, Group]]:
     for precision in PRECISIONS:
         options = (*SMOOTH, precision, f"train.max_steps={STEPS}")
         found[precision] = {size: Group({f"{precision} on {size}": options}, env=WITHOUT_TF32) for size in sizes}
-    options = (
-        *FEW,
-        FP32,
-        "model.name=convnet",
-        "train.log_every=1",
-        "train.max_steps=20",
-        "data.args.count=600",
-        *SYNCHRONISED,
-    )
-    found["BatchNorm"] = {size: Group({f"BatchNorm on {size}": options}, env=WITHOUT_TF32) for size in (1, 2)}
+    if not SIMULATED:
+        options = (*FEW, FP32, "model.name=convnet", "sync.batch_norm=true", "train.log_every=1", "train.max_steps=20")
+        cases = {size: {f"BatchNorm on {size}": (*options, "data.args.count=600")} for size in (1, 2)}
+        found["BatchNorm"] = {size: Group(of_size, env=WITHOUT_TF32) for size, of_size in cases.items()}
     for compress in COMPRESSIONS:
         parts = in_two_parts(compress, *SMOOTH, FP32, f"sync.compress={compress}")
         found[compress] = {2: Group({**parts.cases, f"{compress}, whole": (*SMOOTH, FP32, "train.max_steps=1")}, parts.watch)}
@@ -66,9 +60,10 @@ def groups() -> dict[str, dict[int, Group]]:
 
 def cases_of_contexts() -> dict[str, tuple[str, ...]]:
     short = (*FEW, FP32, "optim.ema=0.9", "train.max_steps=6")
-    own = {"streamed": ("data.in_memory=false", "data.workers=1")}
+    own = {"ddp": ()}
     if not SIMULATED:
-        own |= {"ddp": (), "exact": ("sync.mode=exact",), "local": ("sync.mode=local", "sync.every=2")}
+        own |= {"exact": ("sync.mode=exact",), "local": ("sync.mode=local", "sync.every=2")}
+        own["streamed"] = ("data.in_memory=false", "data.workers=1")
     return {f"contexts, {name}": (*short, *of_name) for name, of_name in own.items()}
 
 

@@ -37,7 +37,7 @@ EVERYTHING = (
 BEST = FP32 if SIMULATED else "train.precision=auto"
 # Of `exact`: 20 steps, with the end of an epoch and a checkpoint in their midst.
 EXACT = (*FEW, "sync.mode=exact", "train.max_steps=20", "checkpoint.every_steps=10")
-EXACT_EVERYTHING = (*EXACT, *EVERYTHING, "sync.shards=3", "data.focus=2", BEST)
+EXACT_EVERYTHING = (*EXACT, *EVERYTHING, "sync.shards=2", "data.focus=2", BEST)
 WITH_MEMORY = ("cuda", "xpu")  # types of devices that have autocast to fp16, and a memory of their own
 
 Cases = Mapping[str, Sequence[str]]

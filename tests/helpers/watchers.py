@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 import digitdist.train.command
 from digitdist.checkpoint import weights_sha256
 from digitdist.data import Batch, Sharding
+from digitdist.evaluate import save_predictions
 from digitdist.optim import state_tensors
 from digitdist.sync.exact import Exact
 from digitdist.sync.tree import Reduced, Tree, finish
@@ -97,6 +98,20 @@ def contexts(patch: pytest.MonkeyPatch) -> Found:
 
     patch.setattr(Trainer, "finish", finish_training)
     return found
+
+
+def uncompiled(patch: pytest.MonkeyPatch) -> Found:
+    """Evaluates at the end once more, without what `torch.compile` has made, into ``uncompiled.npz`` of the run's folder."""
+    original = Trainer.finish
+
+    def finish_training(trainer: Trainer) -> None:
+        original(trainer)
+        for network in trainer.average.networks:
+            network._compiled_call_impl = None
+        save_predictions(trainer._evaluate("test"), trainer.run.folder / "uncompiled.npz")
+
+    patch.setattr(Trainer, "finish", finish_training)
+    return {}
 
 
 def overflow(patch: pytest.MonkeyPatch) -> Found:
@@ -212,5 +227,6 @@ def _as_ranks_would(
 
 
 WATCHERS: dict[str, Callable[[pytest.MonkeyPatch], Found]] = {
-    watcher.__name__: watcher for watcher in (nothing, deterministic, quiet_steps, looks, contexts, overflow, offsets)
+    watcher.__name__: watcher
+    for watcher in (nothing, deterministic, quiet_steps, looks, contexts, uncompiled, overflow, offsets)
 }
