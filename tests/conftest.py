@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
+from helpers.launching import HIDING
 from helpers.wandb_server import Server
 from hypothesis import settings
 
@@ -15,6 +18,13 @@ from digitdist.data import Splits, load_splits
 # A busy machine may make any example slow; each test has a timeout of its own.
 settings.register_profile("digitdist", deadline=None)
 settings.load_profile("digitdist")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hides the GPUs from a run whose marker expression does not ask for the tests of them: the others start more processes
+    than there may be GPUs, and expect a CPU. Nothing has looked for a GPU until here."""
+    if not re.search(r"(?<!not )\bgpu\b", config.option.markexpr):
+        os.environ.update(HIDING)
 
 
 @pytest.fixture(scope="session")

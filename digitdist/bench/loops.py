@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from digitdist.data import ImageSet, Order, Sharding, Share, TrainingSampler, normalise, prepare_loader
-from digitdist.distributed import Heartbeat, run_on_main, start_accelerator
+from digitdist.distributed import Heartbeat, run_on_main, start_accelerator, use_deterministic_algorithms
 from digitdist.evaluate import chunked_loader, evaluate
 from digitdist.models import build_model
 from digitdist.optim import build_optimizer
@@ -126,7 +126,7 @@ def trainer_loop(overrides: list[str], phases: list[dict[str, float]], steps: in
         run = run_on_main(accelerator, lambda: open_run(setup.config, setup.plan, setup.splits, steps, []))
         trainer = Trainer(setup, accelerator, run, Heartbeat(run.heartbeat, setup.plan.world))
         trainer.train()
-        torch.use_deterministic_algorithms(False)  # which exact mode switches on
+        use_deterministic_algorithms(False)  # which exact mode switches on
         if accelerator.is_main_process:
             lines = [line for line in read_metrics(run.folder) if "time/total" in line]
             phases += [{key[5:]: value for key, value in line.items() if key.startswith("time/")} for line in lines]

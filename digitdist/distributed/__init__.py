@@ -21,7 +21,7 @@ from digitdist.distributed.preflight import raise_on_all_ranks, run_preflight
 from digitdist.distributed.process import launcher_start_time, run_command
 from digitdist.distributed.quotas import cpu_quota
 from digitdist.distributed.restoring import generators_kept, process_restored
-from digitdist.distributed.shortcuts import SHORTCUTS, eager_optimizer
+from digitdist.distributed.shortcuts import SHORTCUTS, eager_optimizer, use_deterministic_algorithms
 from digitdist.distributed.signals import StopRequest
 from digitdist.distributed.watch import PeerWatch
 
@@ -60,4 +60,5 @@ __all__ = [
     "start_accelerator",
     "takes_pinned_memory",
     "to_device",
+    "use_deterministic_algorithms",
 ]

@@ -16,7 +16,7 @@ from torch import nn
 from digitdist.config import Config
 from digitdist.distributed.plan import Plan
 from digitdist.distributed.process import note_process_group
-from digitdist.distributed.shortcuts import keep_freed_memory
+from digitdist.distributed.shortcuts import keep_freed_memory, use_deterministic_algorithms
 from digitdist.errors import UserError
 
 NCCL_LONGER_S = 60.0  # than sync.timeout_s
@@ -40,7 +40,7 @@ def start_accelerator(config: Config, plan: Plan) -> Accelerator:
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
     if config.sync.mode == "exact":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+        use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     # NCCL ends the process when its time is over, without a name; `PeerWatch` is to be first.
     extra_s = 0 if plan.device_type == "cpu" else NCCL_LONGER_S

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
+from digitdist.distributed.shortcuts import use_deterministic_algorithms
 from digitdist.distributed.signals import SIGNALS
 
 
@@ -62,11 +63,11 @@ def _keep_torch(stack: contextlib.ExitStack) -> None:
     stack.callback(torch.set_num_threads, torch.get_num_threads())
     stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    stack.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled(), warn_only=warn_only)
+    stack.callback(use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled(), warn_only=warn_only)
     fills: Any = torch.utils.deterministic
     stack.callback(setattr, fills, "fill_uninitialized_memory", fills.fill_uninitialized_memory)
     torch.set_float32_matmul_precision("highest")
-    torch.use_deterministic_algorithms(False)
+    use_deterministic_algorithms(False)
 
 
 def _restore_environment(before: Mapping[str, str]) -> None:

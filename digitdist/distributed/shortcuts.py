@@ -4,7 +4,8 @@
 saves on a machine.
 
 allocator   glibc keeps freed memory for the next step, instead of returning its pages and faulting them in anew.
-compiler    torch's optimizers do not import torch's compiler (2 s at the start) only to ask it to leave them alone.
+compiler    torch does not import its compiler (2 s at the start) only to ask it to leave an optimizer alone, or to tell it
+            that algorithms are deterministic.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import ctypes
 import inspect
 import os
 import platform
+import sys
 from collections.abc import Iterable
 from types import MethodType
 from typing import Any
@@ -36,6 +38,14 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(mmap_threshold, 2**30)
         libc.mallopt(trim_threshold, 2**31 - 1)
+
+
+def use_deterministic_algorithms(mode: bool, warn_only: bool = False) -> None:
+    """torch's own function of that name, which tells torch's compiler of `mode` too, and imports it for that."""
+    if shortcut_enabled("compiler") and "torch._inductor.config" not in sys.modules:
+        torch._C._set_deterministic_algorithms(mode, warn_only=warn_only)
+    else:
+        torch.use_deterministic_algorithms(mode, warn_only=warn_only)
 
 
 def eager_optimizer(kind: type[torch.optim.Optimizer], parameters: Iterable[Tensor], **options: Any) -> torch.optim.Optimizer:

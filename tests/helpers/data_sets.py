@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from digitdist.data import Splits
+from digitdist.config import load_config
+from digitdist.data import Splits, load_splits
 
 
 class Blocks(Dataset):
@@ -76,6 +77,22 @@ class Normalised(BySplit):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         return torch.full((1, 8, 8), -1.5), 0
+
+
+class FewDigits(Dataset):
+    """The first images of MNIST."""
+
+    classes = tuple("0123456789")
+
+    def __init__(self, root: str, train: bool = True, count: int = 610):
+        splits = load_splits(load_config((), [f"data.root={root}"]).data, 0)
+        self.images, self.labels, _ = (splits.train if train else splits.test).read(torch.arange(count if train else 200))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.images[index], int(self.labels[index])
 
 
 def write_folder(root: Path, splits: Splits, train: int = 160, test: int = 40) -> Path:

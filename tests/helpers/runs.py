@@ -41,6 +41,11 @@ def events(folder: Path) -> list[dict]:
     return [{k: v for k, v in line.items() if k not in differs and not k.startswith("time/")} for line in raw_events(folder)]
 
 
+def losses(folder: Path) -> list[float]:
+    """The training loss of each line of the log."""
+    return [event["train/loss"] for event in events(folder) if "train/loss" in event]
+
+
 def reached(folder: Path) -> int:
     """The step of the last metric line."""
     return max((event["step"] for event in raw_events(folder)), default=0)

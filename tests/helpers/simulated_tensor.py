@@ -74,6 +74,11 @@ class SimulatedTensor(torch.Tensor):
 class SimulatedMode(TorchDispatchMode):
     """Sees what has no tensor of the device among its arguments and may make one."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: to be skipped by torch's compiler, torch would import it, for 2 s a process."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return dispatch(func, args, kwargs or {})
 

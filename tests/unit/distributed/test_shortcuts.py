@@ -15,7 +15,11 @@ from digitdist.distributed.shortcuts import shortcut_enabled
 OPTIMIZERS = {"Adam": {}, "AdamW": {}, "SGD": {"momentum": 0.9, "nesterov": True}}
 TRAIN = """
 import sys, torch
-from digitdist.distributed import eager_optimizer
+from digitdist.distributed import eager_optimizer, use_deterministic_algorithms
+use_deterministic_algorithms(True, warn_only=True)
+assert torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled()
+use_deterministic_algorithms(False)
+assert not torch.are_deterministic_algorithms_enabled()
 weight = torch.nn.Parameter(torch.ones(3))
 optimizer = eager_optimizer(torch.optim.Adam, [weight], lr=0.1, fused=True)
 weight.square().sum().backward()
@@ -23,6 +27,9 @@ optimizer.step()
 optimizer.zero_grad()
 optimizer.load_state_dict(optimizer.state_dict())
 print("torch._dynamo" in sys.modules)
+import torch._inductor.config as told
+use_deterministic_algorithms(True)
+assert told.deterministic, "a compiler that is there is told"
 """
 
 
@@ -43,7 +50,7 @@ def test_an_eager_optimizer_takes_torchs_steps_to_the_bit(name: str):
 
 
 @pytest.mark.parametrize(("without", "imported"), [("", "False"), ("compiler", "True"), ("allocator,compiler", "True")])
-def test_an_eager_optimizer_does_not_import_torchs_compiler(without: str, imported: str):
+def test_neither_an_optimizer_nor_deterministic_algorithms_import_torchs_compiler(without: str, imported: str):
     env = CLEAN | {"DIGITDIST_WITHOUT": without}
     done = subprocess.run([sys.executable, "-c", TRAIN], env=env, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == imported
