@@ -29,7 +29,7 @@ class NullAverage:
 
 
 class MovingAverage:
-    """An exponential moving average of all weights, with `decay` a step; buffers are those of the network.
+    """An exponential moving average of all weights, with `decay` a step, also one that fp16 skips; buffers are the network's.
 
     `eval_model` is what is evaluated; `networks` are all that ranks must make equal.
     """

@@ -65,14 +65,17 @@ def outcome(mnist_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
     """What all cases come to on a world, which is launched where it is first asked for."""
 
     @functools.cache
-    def launch(world_size: int) -> dict[str, Any]:
+    def launch(world_size: int) -> Outcome:
         arguments = (str(mnist_root), str(tmp_path_factory.mktemp("runs")), json.dumps(cases(world_size)))
         command = (FP16, "helpers.fp16_worker", *arguments)
-        done = torchrun(world_size, *command, cwd=ROOT, env={"FP16_GROWTH_INTERVAL": "3"}, timeout=280)
+        return torchrun(world_size, *command, cwd=ROOT, env={"FP16_GROWTH_INTERVAL": "3"}, timeout=280)
+
+    def outcome(world_size: int) -> dict[str, Any]:
+        done = launch(world_size)
         assert done.code == 0, done.err
         return json.loads(done.out.splitlines()[-1])
 
-    return launch
+    return outcome
 
 
 def mean_loss(found: dict[str, Any], first: int, last: int) -> float:
