@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from helpers import on_device
 from helpers.claims import Tried, table
-from helpers.on_device import EXACT, EXACT_EVERYTHING, FP32
+from helpers.on_device import Trainings
+from helpers.trainings import GROUPS
 
-from digitdist.distributed.device import lacks
-
-EXACT_OPTIONS = {"dropout": (*EXACT, "sync.shards=5", FP32), "everything": EXACT_EVERYTHING}
-if not lacks("fp16", on_device.device_type()):
-    EXACT_OPTIONS["sgd, fp16"] = (*EXACT, "optim.name=sgd", "optim.lr=0.03", "train.precision=fp16")
 TRIED = pytest.StashKey[list[Tried]]()
 NUMBERS = pytest.StashKey[list[str]]()
 
@@ -40,20 +35,18 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(scope="session")
-def exact_runs(tmp_path_factory: pytest.TempPathFactory, mnist_root: Path) -> Path:
-    """A folder with runs of `exact` on one GPU: ``NAME, once``, in which `offsets` looked at each step, and ``NAME, again``."""
-    place = tmp_path_factory.mktemp("exact")
+def trainings(tmp_path_factory: pytest.TempPathFactory, mnist_root: Path) -> Trainings:
+    """All that is trained to be looked at."""
+    place = tmp_path_factory.mktemp("trainings")
     (place / "data").symlink_to(mnist_root)
-    cases = {f"{name}, {time}": options for name, options in EXACT_OPTIONS.items() for time in ("once", "again")}
-    (found,) = on_device.train(cases, place, {f"{name}, once": "offsets" for name in EXACT_OPTIONS})
-    (place / "found.json").write_text(json.dumps(found))
-    return place
+    return Trainings(place, GROUPS)
 
 
 @pytest.fixture(scope="session")
-def unbroken(exact_runs: Path) -> Path:
-    """A run of `on_device.EXACT_EVERYTHING` that nothing has happened to."""
-    return exact_runs / "runs/everything, again"
+def unbroken(trainings: Trainings) -> Path:
+    """A run of `helpers.trainings.EXACT_EVERYTHING` that nothing has happened to."""
+    trainings.found("exact runs")
+    return trainings.runs / "everything, again"
 
 
 @pytest.fixture

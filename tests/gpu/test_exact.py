@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from pathlib import Path
 
 import pytest
 from helpers import on_device
-from helpers.on_device import EXACT_EVERYTHING
+from helpers.on_device import Trainings
 from helpers.runs import assert_same_run, attempts
+from helpers.trainings import EXACT_EVERYTHING, EXACT_OPTIONS
 from helpers.watchers import WORLDS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
 
 @pytest.mark.claim("exact: the same command gives the same weights, metric lines and predictions, bit for bit")
-def test_the_same_run_twice_is_the_same(exact_runs: Path):
-    folders = sorted((exact_runs / "runs").iterdir())
-    assert len(folders) > 3
-    for again, once in zip(folders[::2], folders[1::2], strict=True):
-        assert once.name == again.name.replace("again", "once")
-        assert_same_run(again, once)
+@pytest.mark.parametrize("name", EXACT_OPTIONS)
+def test_the_same_run_twice_is_the_same(trainings: Trainings, name: str):
+    trainings.found("exact runs")
+    assert_same_run(trainings.runs / f"{name}, again", trainings.runs / f"{name}, once")
 
 
 @pytest.mark.claim("exact: a shard has the same gradient, bit for bit, wherever the share of a rank begins")
-def test_a_shard_has_the_same_gradient_wherever_a_share_begins(exact_runs: Path):
-    found = {name: case for name, case in json.loads((exact_runs / "found.json").read_text()).items() if "once" in name}
-    assert len(found) > 1
+@pytest.mark.parametrize("name", EXACT_OPTIONS)
+def test_a_shard_has_the_same_gradient_wherever_a_share_begins(trainings: Trainings, name: str):
+    (found,) = trainings.found("exact runs")
     steps = (0, 4, 8, 12, 16)  # of 50 images, and 10 in step 12, the last of an epoch
-    expected = {"compared": [[step, world_size] for step in steps for world_size in WORLDS], "different": []}
-    assert all(case == expected for case in found.values()), found
+    assert found[f"{name}, once"] == {"compared": [[step, size] for step in steps for size in WORLDS], "different": []}
 
 
 @pytest.mark.claim("exact: a run that is killed, and resumed by the same command, ends with the same bits")

@@ -10,15 +10,16 @@ import psutil
 import pytest
 from helpers import on_device
 from helpers.launching import ROOT, run
-from helpers.on_device import EXACT_EVERYTHING, FEW, FP32, SIMULATED
+from helpers.on_device import FP32, SIMULATED
 from helpers.runs import assert_same_run, attempts, wait_until
+from helpers.trainings import EXACT, EXACT_EVERYTHING
 
 from digitdist.distributed import read_beats
 
 pytestmark = [pytest.mark.gpu, pytest.mark.needs(gpus=2), pytest.mark.timeout(300)]
 TIMEOUT_S = 3 if SIMULATED else 10
 KINDS = ("kill", "raise", "freeze", "block")
-PHASES = {"data": 27, "forward": 27, "backward": 27, "sync": 27, "update": 27, "log": 25, "eval": 26, "save": 20}  # and a step
+PHASES = {"data": 12, "forward": 12, "backward": 12, "sync": 12, "update": 12, "log": 15, "eval": 13, "save": 10}  # and a step
 PAIRS = [(kind, phase) for phase in PHASES for kind in KINDS]
 if SIMULATED:
     PAIRS = [("block", "update")]
@@ -39,10 +40,9 @@ def wait_for_fault(folder: Path, phase: str, process: subprocess.Popen[str]) -> 
 @pytest.mark.claim("a rank that ends or hangs, in any phase of a step, is named with its place within sync.timeout_s + 5 s")
 @pytest.mark.parametrize(("kind", "phase"), PAIRS)
 def test_a_rank_that_ends_is_named(place: Path, kind: str, phase: str):
-    options = (*FEW, FP32, "sync.mode=exact", "train.max_steps=60", "checkpoint.every_steps=20", "train.eval_every=2")
     fault = {"DIGITDIST_FAULT": f"{kind} rank=1 step={PHASES[phase]} phase={phase}"}
     own = (f"sync.timeout_s={TIMEOUT_S}", "run.name=a")
-    process = on_device.start("digitdist.train", *options, *own, cwd=place, processes=2, env=fault)
+    process = on_device.start("digitdist.train", *EXACT, FP32, *own, cwd=place, processes=2, env=fault)
     began = wait_for_fault(place / "runs/a", phase, process)
     workers = psutil.Process(process.pid).children()
     gone, _ = psutil.wait_procs(workers, timeout=TIMEOUT_S + 30)

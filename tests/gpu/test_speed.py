@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 from helpers import on_device
-from helpers.launching import QUIET
-from helpers.on_device import BEST, SIMULATED, Report
+from helpers.on_device import BEST, FEW, SIMULATED, Report, Trainings
 from helpers.runs import result
+from helpers.trainings import PROFILED
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
-PROFILED = 10  # steps
 SPEED = "speed: the trainer has at least 0.9 of the bare loop's images a second"
 
 
@@ -21,7 +20,7 @@ SPEED = "speed: the trainer has at least 0.9 of the bare loop's images a second"
 @pytest.mark.parametrize("batch_size", [100] if SIMULATED else [100, 1000])
 def test_the_trainer_is_as_fast_as_the_bare_loop(place: Path, report: Report, batch_size: int):
     steps, repeats = (5, 1) if SIMULATED else (600, 5)
-    options = (f"data.batch_size={batch_size}", BEST)
+    options = (*(FEW if SIMULATED else ()), f"data.batch_size={batch_size}", BEST)
     done = on_device.launch("helpers.speed_worker", str(steps), str(repeats), *options, cwd=place)
     assert done.code == 0, done.err
     rates = {name: statistics.median(of_loop) for name, of_loop in json.loads(done.out.splitlines()[-1]).items()}
@@ -32,20 +31,10 @@ def test_the_trainer_is_as_fast_as_the_bare_loop(place: Path, report: Report, ba
     assert rates["trainer"] >= 0.9 * rates["bare loop"]
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, mnist_root: Path) -> Path:
-    """A folder with a run that was profiled, and one of the recipe ``fast``."""
-    place = tmp_path_factory.mktemp("speed")
-    (place / "data").symlink_to(mnist_root)
-    profiled = ("train.max_steps=20", "train.log_every=100", f"train.profile={PROFILED}", "data.eval_batch_size=10000")
-    fast = ("--config", "fast", *(("train.max_steps=3",) if SIMULATED else ()))
-    on_device.train({"profiled": (*QUIET, BEST, *profiled), "fast": (*QUIET, BEST, *fast)}, place)
-    return place / "runs"
-
-
 @pytest.mark.claim("a profile shows the kernels of a step, and no copy to the host where nothing is due")
-def test_a_profile_shows_the_kernels_of_a_step(runs: Path, report: Report):
-    events = json.loads((runs / "profiled/trace.json").read_text())["traceEvents"]
+def test_a_profile_shows_the_kernels_of_a_step(trainings: Trainings, report: Report):
+    trainings.found("profiled")
+    events = json.loads((trainings.runs / "profiled/trace.json").read_text())["traceEvents"]
     assert len([event for event in events if str(event.get("name")).startswith("ProfilerStep")]) >= PROFILED
     on_device.only_rehearsed("a simulated device has no kernels")
     kernels = [event for event in events if event.get("cat") == "kernel"]
@@ -56,8 +45,9 @@ def test_a_profile_shows_the_kernels_of_a_step(runs: Path, report: Report):
 
 
 @pytest.mark.claim("--config fast reaches 99 %")
-def test_the_recipe_fast_reaches_99_percent(runs: Path, report: Report):
-    final = result(runs / "fast")
+def test_the_recipe_fast_reaches_99_percent(trainings: Trainings, report: Report):
+    trainings.found("recipe")
+    final = result(trainings.runs / "fast")
     assert final["steps"] == (3 if SIMULATED else 131)
     on_device.only_rehearsed("a dry run has no time for it")
     report(f"{100 * final['test_accuracy']:.2f} % in {final['train_seconds']:.2f} s of training, {final['precision']}")

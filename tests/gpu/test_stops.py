@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 from helpers import on_device
-from helpers.on_device import EXACT_EVERYTHING, SIMULATED
+from helpers.on_device import SIMULATED
 from helpers.runs import assert_same_run, attempts, wait_until
+from helpers.trainings import EXACT_EVERYTHING
 
 from digitdist.distributed import read_beats
 

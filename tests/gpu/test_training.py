@@ -4,71 +4,57 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 from helpers import on_device
-from helpers.on_device import EVERYTHING, FEW, PRECISIONS, SIMULATED, skip_without
+from helpers.on_device import FEW, PRECISIONS, SIMULATED, Trainings, skip_without
 from helpers.runs import losses, result
-
-from digitdist.models import MODELS
+from helpers.trainings import EVERYTHING
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
-OPTIMIZERS = {"adam": 0.003, "adamw": 0.003, "sgd": 0.03}  # with their rates
-PAIRS = [(model, name) for model in MODELS for name in OPTIMIZERS]
-if SIMULATED:  # each network and each optimizer once
-    PAIRS = [("cnn", "adam"), ("cnn_batchnorm", "adamw"), ("convnet", "sgd"), ("columns", "adam")]
-Trained = tuple[str, Path, dict[str, Any]]
 KINDS = {"fp32": "torch.float32", "bf16": "torch.bfloat16", "fp16": "torch.float16"}
 
 
-@pytest.fixture(scope="module", params=PRECISIONS)
-def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, mnist_root: Path) -> Trained:
-    """A precision, a folder with a run in it of each of `PAIRS`, and how each looked."""
-    skip_without(request.param)
-    place = tmp_path_factory.mktemp("trained")
-    (place / "data").symlink_to(mnist_root)
-    common = (*FEW, request.param, "train.max_steps=30")
-    cases = {
-        f"{model}, {name}": (*common, f"model.name={model}", f"optim.name={name}", f"optim.lr={OPTIMIZERS[name]}")
-        for model, name in PAIRS
-    }
-    (found,) = on_device.train(cases, place, watch="looks", timeout=500)
-    return request.param.partition("=")[2], place, found
-
-
 @pytest.mark.claim("every network trains with every optimizer in fp32, bf16 and fp16, and result.json says in which and where")
-def test_every_network_trains_with_every_optimizer(trained: Trained):
-    precision, place, found = trained
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_network_trains_with_every_optimizer(trainings: Trainings, precision: str):
+    skip_without(precision)
+    (found,) = trainings.found(f"networks, {precision}")
+    assert len(found) > 3
     for name in found:
-        final, seen = result(place / f"runs/{name}"), losses(place / f"runs/{name}")
+        final, seen = result(trainings.runs / name), losses(trainings.runs / name)
         assert all(map(math.isfinite, seen)), name
         assert seen[-1] < seen[0] - 0.1, name
-        assert (final["precision"], final["device"]) == (precision, on_device.device_type())
+        assert (final["precision"], final["device"]) == (precision.partition("=")[2], on_device.device_type())
         (memory,) = final["peak_memory_mb"]
         assert (memory["device"] or 0) > 0 or on_device.device_type() not in on_device.WITH_MEMORY
 
 
 @pytest.mark.claim("bf16 and fp16 are what a layer computes in, and auto takes one of them")
-def test_a_layer_computes_in_the_precision_that_the_result_names(trained: Trained):
-    precision, _, found = trained
-    assert {looks["dtype"] for looks in found.values()} == {KINDS[precision]}
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_layer_computes_in_the_precision_that_the_result_names(trainings: Trainings, precision: str):
+    skip_without(precision)
+    (found,) = trainings.found(f"networks, {precision}")
+    assert {looks["dtype"] for looks in found.values()} == {KINDS[precision.partition("=")[2]]}
     on_device.only_rehearsed("a simulated device has no autocast")
 
 
 @pytest.mark.claim("bf16 and fp16 are what a layer computes in, and auto takes one of them")
-def test_auto_computes_in_half_the_bits(place: Path):
+def test_auto_computes_in_half_the_bits(trainings: Trainings):
+    (found,) = trainings.found("auto")
+    reported = result(trainings.runs / "auto")["precision"]
+    assert found["auto"]["dtype"] == KINDS[reported]
     on_device.only_rehearsed("a simulated device has no autocast")
-    (found,) = on_device.train({"a": (*FEW, "train.precision=auto", "train.max_steps=2")}, place, watch="looks")
-    reported = result(place / "runs/a")["precision"]
     assert reported in ("bf16", "fp16")
-    assert found["a"]["dtype"] == KINDS[reported]
 
 
 @pytest.mark.claim("images and order are on the GPU, the optimizer is fused, the layout channels-last; float32 may use TF32")
-def test_everything_that_a_step_needs_is_on_the_device(trained: Trained):
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_everything_that_a_step_needs_is_on_the_device(trainings: Trainings, precision: str):
+    skip_without(precision)
+    (found,) = trainings.found(f"networks, {precision}")
     kind = on_device.device_type()
-    for name, looks in trained[2].items():
+    for name, looks in found.items():
         assert {looks[what].partition(":")[0] for what in ("weights on", "images on", "order on")} == {kind}, name
         assert looks["channels-last"], name
         assert looks["fused"], name
@@ -97,11 +83,11 @@ if not SIMULATED:
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_step_in_which_nothing_is_due_brings_nothing_to_the_host(place: Path, precision: str):
     skip_without(precision)
-    common = (*FEW, precision, "train.log_every=13", "train.max_steps=28", "train.eval_every=0", "checkpoint.every_steps=0")
+    common = (*FEW, precision, "train.log_every=6", "train.max_steps=16", "train.eval_every=0", "checkpoint.every_steps=0")
     cases = {name: (*common, *own) for name, own in QUIET_CASES.items()}
     transfers = place / "transfers"
     (found,) = on_device.train(cases, place, watch="quiet_steps", env={"SIMULATED_TRANSFERS": str(transfers)})
-    assert all(found[name]["quiet"] > 15 for name in cases), found
+    assert all(found[name]["quiet"] > 7 for name in cases), found
     if on_device.device_type() not in ("cuda", "sim"):
         pytest.skip("torch tells only of CUDA when a host waits for it")
     seen = on_device.transfers(transfers)

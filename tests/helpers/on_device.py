@@ -29,15 +29,7 @@ FEW = (*QUIET, "data.target=helpers.data_sets.FewDigits", "data.batch_size=50", 
 FP32 = "train.precision=fp32"
 # A simulated device has no autocast.
 PRECISIONS = [FP32] if SIMULATED else [FP32, "train.precision=bf16", "train.precision=fp16"]
-# What changes what a step computes.
-EVERYTHING = (
-    *("model.name=convnet", "optim.name=adamw", "optim.ema=0.9", "optim.clip_norm=0.5", "train.label_smoothing=0.1"),
-    *("augment.rotate=9", "augment.shift=1", "augment.scale=0.1", "augment.shear=0.1", "train.accumulate=2"),
-)
 BEST = FP32 if SIMULATED else "train.precision=auto"
-# Of `exact`: 20 steps, with the end of an epoch and a checkpoint in their midst.
-EXACT = (*FEW, "sync.mode=exact", "train.max_steps=20", "checkpoint.every_steps=10")
-EXACT_EVERYTHING = (*EXACT, *EVERYTHING, "sync.shards=2", "data.focus=2", BEST)
 WITH_MEMORY = ("cuda", "xpu")  # types of devices that have autocast to fp16, and a memory of their own
 
 Cases = Mapping[str, Sequence[str]]
@@ -62,6 +54,11 @@ def description() -> str:
     if not num_devices():
         return f"no GPU, {names}"
     return f"{num_devices()} × {device_name(device_type())}, {names}, CUDA {torch.version.cuda}"
+
+
+def has(precision: str) -> bool:
+    """Whether a launch here can compute in bf16 or fp16."""
+    return bool(num_devices()) and not SIMULATED and not lacks(precision, device_type())
 
 
 def skip_without(precision: str) -> None:
@@ -148,40 +145,40 @@ class Group:
     """Trainings that a test looks at, each with a name of its own, and the arguments of `train`."""
 
     cases: Cases
-    watch: str = "nothing"
+    watch: str | Mapping[str, str] = "nothing"
     env: Mapping[str, str] = field(default_factory=dict)
 
 
-class Worlds:
-    """Groups of trainings by their name and world size, made when they are asked for: each by itself, so that no claim fails
-    for another one's fault. A dry run makes all at once, the largest world first, since it has not the time."""
+class Trainings:
+    """Groups of trainings by their name and world size, made in one folder when they are asked for: each by itself, so that no
+    claim fails for another one's fault. A dry run, which has not the time, makes all at once, the largest world first."""
 
     def __init__(self, place: Path, groups: Mapping[str, Mapping[int, Group]]):
         self.place, self.groups, self.runs = place, groups, place / "runs"
         self._found: dict[tuple[str, int], list[dict[str, Any]]] = {}
         self._tried = False
 
-    def found(self, name: str, size: int) -> list[dict[str, Any]]:
-        """What the ranks of a world have found in a group."""
-        if (name, size) not in self._found:
-            assert not (SIMULATED and self._tried), "the launches of all groups have failed, as another test says"
+    def found(self, name: str, size: int = 1) -> list[dict[str, Any]]:
+        """What the ranks of a world have found in the cases of a group."""
+        if (name, size) not in self._found and SIMULATED:
+            assert not self._tried, "the launches of all groups have failed, as another test says"
             self._tried = True
-            for world_size in sorted(self._sizes() if SIMULATED else [size], reverse=True):
-                self._make([n for n, sizes in self.groups.items() if world_size in sizes] if SIMULATED else [name], world_size)
+            for world_size in sorted({size for sizes in self.groups.values() for size in sizes}, reverse=True):
+                self._make([name for name, sizes in self.groups.items() if world_size in sizes], world_size)
+        elif (name, size) not in self._found:
+            self._make([name], size)
         return self._found[name, size]
-
-    def _sizes(self) -> set[int]:
-        return {size for sizes in self.groups.values() for size in sizes}
 
     def _make(self, names: Sequence[str], size: int) -> None:
         groups = {name: self.groups[name][size] for name in names}
-        cases = {name: arguments for group in groups.values() for name, arguments in group.cases.items()}
-        watch = {name: group.watch for group in groups.values() for name in group.cases}
-        env = {name: value for group in groups.values() for name, value in group.env.items()}
-        found = train(cases, self.place, watch, size, env, timeout=800)
-        self._found |= {
-            (name, size): [{case: rank[case] for case in group.cases} for rank in found] for name, group in groups.items()
-        }
+        cases, watch, env = dict[str, Sequence[str]](), dict[str, str](), dict[str, str]()
+        for group in groups.values():
+            cases |= group.cases
+            watch |= dict.fromkeys(group.cases, group.watch) if isinstance(group.watch, str) else group.watch
+            env |= group.env
+        found = train(cases, self.place, watch, size, env, timeout=1700)
+        for name, group in groups.items():
+            self._found[name, size] = [{case: of_rank[case] for case in group.cases} for of_rank in found]
 
 
 def commands(command_lines: Mapping[str, Sequence[str]], cwd: Path, on_cpu: bool = False) -> dict[str, str]:

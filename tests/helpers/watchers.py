@@ -182,7 +182,7 @@ def _momentum_error(trainer: Trainer, before: dict[int, Tensor], after: dict[int
 
 
 def offsets(patch: pytest.MonkeyPatch) -> Found:
-    """Computes every fourth step's gradient also as the ranks of larger worlds would, one rank after another, whose shares begin
+    """Computes each fourth step's gradient also as the ranks of larger worlds would, one rank after another, whose shares begin
     at other images. ``compared``: step and world size of each; ``different``: those that differ in a bit."""
     found: Found = {"compared": [], "different": []}
     original = Exact.compute_gradients
