@@ -40,25 +40,29 @@ def start() -> None:
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
     from helpers.simulated_module import NAME, DeviceModule
-    from helpers.simulated_tensor import SIM, SimulatedMode, patch_torch
+    from helpers.simulated_tensor import SimulatedMode, patch_torch
 
     _setup_privateuseone_for_python_backend(NAME, DeviceModule())
     patch_torch()
     SimulatedMode().__enter__()
-    os.environ["ACCELERATE_TORCH_DEVICE"] = str(SIM)
-    _have_accelerate_use_gloo()
+    patch_accelerate()
 
 
-def _have_accelerate_use_gloo() -> None:
-    """Accelerate knows the backends of the devices that it knows; several ranks on this one work as several GPUs do."""
+def patch_accelerate() -> None:
+    """Has Accelerate, which looks for the devices that it knows, use this one, and several of them as several GPUs."""
     from accelerate import Accelerator
     from accelerate.state import DistributedType, PartialState
+
+    from helpers.simulated_tensor import SIM
 
     def prepare(self: PartialState, cpu: bool = False, *_: Any) -> tuple[str | None, DistributedType]:
         assert not cpu, "this process is to use the simulated device"
         return ("gloo", DistributedType.MULTI_GPU) if "LOCAL_RANK" in os.environ else (None, DistributedType.NO)
 
-    PartialState._prepare_backend = prepare
+    def choose(self: PartialState) -> None:
+        self.device = SIM
+
+    PartialState._prepare_backend, PartialState.set_device = prepare, choose
     Accelerator.local_process_index = property(lambda self: 0)  # by which it numbers devices: each rank has one of its own
 
 

@@ -69,6 +69,12 @@ REFUSES = (
     "torch.rand(2, device=device)",
     "x.unsqueeze_(0)",
 )
+AWKWARD = (  # not those with noise of the host's, an LSTM, which has kernels for GPUs alone, or a hook on a parameter
+    *("Convolution", "Volume", "UnusedParameter", "Frozen", "NoGradient", "Double", "Integers", "Mask", "ExtraState"),
+    *("ExtraTensor", "Spectral", "SpectralHook", "WeightNorm", "InstanceNorm", "Tied", "View", "Lazy", "Custom", "DoubleNorm"),
+    *("Half", "StochasticDepth", "AlwaysDropout", "RunningMean", "ListOfParameters", "Transformer", "Checkpointed"),
+    "ReentrantlyCheckpointed",
+)
 
 
 def table(world_size: int) -> dict[str, Options]:
@@ -83,9 +89,11 @@ def table(world_size: int) -> dict[str, Options]:
     return {name: (*SHORT, *options) for name, options in cases}
 
 
-def launch(place: Path, world_size: int, *arguments: str, simulated: bool, note: str = "", timeout: float = 400) -> Outcome:
+def launch(
+    place: Path, world_size: int, *arguments: str, simulated: bool, note: str = "", timeout: float = 400, **env: str
+) -> Outcome:
     """A module with its arguments, on so many processes, on the simulated device or on the CPU."""
-    env = {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))), "XDG_CACHE_HOME": str(place / "cache")}
+    env |= {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))), "XDG_CACHE_HOME": str(place / "cache")}
     env |= {} if simulated else {"ACCELERATE_USE_CPU": "true"}
     env |= {"SIMULATED_TRANSFERS": note} if note else {}
     command = (DEVICE if simulated else "-m", *arguments)
@@ -182,3 +190,20 @@ def test_the_other_commands_take_a_run_and_evaluate_counts_as_on_the_cpu(tmp_pat
         assert f"{json.loads(here)['correct']}/40 correct" in counted
     launch(tmp_path, 1, "digitdist.report", run, simulated=True)
     assert "simulated device" in (Path(run) / "report.html").read_text()
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1500)
+def test_awkward_networks_have_the_cpus_bits_and_the_host_waits_only_where_something_is_due(tmp_path: Path, mnist_root: Path):
+    options = "train.log_every=100:train.eval_every=0:sync.check_every=0:train.precision=fp32"
+    cases = [f"{name}:{mode}:{options}" for name in AWKWARD for mode in ("ddp", "exact", "local")]
+    found = []
+    for simulated in (False, True):
+        worker = ("helpers.network_worker", str(mnist_root), f"runs {simulated}", *cases)
+        note = "awkward" if simulated else ""
+        done = launch(tmp_path, 2, *worker, simulated=simulated, note=note, timeout=700, ACCELERATE_MIXED_PRECISION="fp32")
+        found.append(json.loads(done.out.splitlines()[-1]))
+    for case in cases:
+        cpu, simulated = (both[case] for both in found)
+        assert (simulated["weights"], simulated["losses"]) == (cpu["weights"], cpu["losses"]), case
+    assert waits(tmp_path, "awkward", 2) == []
