@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import digitdist.train.command
-from digitdist.checkpoint import weights_sha256
+from digitdist.checkpoint import Tensors
 from digitdist.data import Batch, Sharding
 from digitdist.evaluate import save_predictions
 from digitdist.optim import state_tensors
@@ -53,8 +53,8 @@ def quiet_steps(patch: pytest.MonkeyPatch) -> Found:
     def train_step(trainer: Trainer, batch: Batch) -> Any:
         step, sync = trainer.step + 1, trainer.config.sync
         due = dataclasses.astuple(trainer.cadence.between(trainer.synced_step, step))
-        exchanges = sync.mode == "local" and step % sync.every == 0
-        quiet = step > 1 and not any(due) and not exchanges and not trainer.cadence.needs_equal_weights(step)
+        ends_round = sync.mode != "local" or step % sync.every == 0  # until which a line of the log waits
+        quiet = step > 1 and not (ends_round and any(due)) and not trainer.cadence.needs_equal_weights(step)
         found["quiet"] += quiet
         if trainer.accelerator.device.type == "cuda":
             torch.cuda.set_sync_debug_mode("error" if quiet else "default")
@@ -125,7 +125,7 @@ def overflow(patch: pytest.MonkeyPatch) -> Found:
     def train_step(trainer: Trainer, batch: Batch) -> Any:
         state, step = trainer.state, trainer.step + 1
         forced = state.scaler is not None and step in OVERFLOWS
-        before = _hashes(trainer), _scale(trainer), _moments(state.optimizer)
+        before = _state(trainer), _scale(trainer), _moments(state.optimizer)
         with pytest.MonkeyPatch.context() as inner:
             backward, update, gradients = trainer.accelerator.backward, state.optimizer.step, list[Tensor]()
             inner.setattr(trainer.accelerator, "backward", lambda loss: backward(loss * math.inf if forced else loss))
@@ -137,14 +137,14 @@ def overflow(patch: pytest.MonkeyPatch) -> Found:
 
             inner.setattr(state.optimizer, "step", step_taken)
             stats = original(trainer, batch)
-        after = _hashes(trainer), _scale(trainer), _moments(state.optimizer)
+        after = _state(trainer), _scale(trainer), _moments(state.optimizer)
         found["steps"].append(
             {
                 "step": step,
                 "forced": forced,
                 "scale": [before[1], after[1]],
-                "weights changed": before[0][0] != after[0][0],
-                "optimizer changed": before[0][1] != after[0][1],
+                "weights changed": _differ(before[0][0], after[0][0]),
+                "optimizer changed": _differ(before[0][1], after[0][1]),
                 "finite": all(bool(p.isfinite().all()) for p in trainer.strategy.parameters),
                 "momentum error": _momentum_error(trainer, before[2], after[2], gradients),
             }
@@ -155,9 +155,16 @@ def overflow(patch: pytest.MonkeyPatch) -> Found:
     return found
 
 
-def _hashes(trainer: Trainer) -> tuple[str, str]:
-    weights = dict(trainer.state.model.named_parameters())
-    return weights_sha256(weights), weights_sha256(state_tensors(trainer.state.optimizer))
+def _state(trainer: Trainer) -> tuple[Tensors, Tensors]:
+    """Copies of the weights and of the optimizer's state."""
+    weights, optimizer = dict(trainer.state.model.named_parameters()), state_tensors(trainer.state.optimizer)
+    copies = ({name: value.detach().clone() for name, value in tensors.items()} for tensors in (weights, optimizer))
+    return tuple(copies)  # type: ignore[return-value]
+
+
+def _differ(before: Tensors, after: Tensors) -> bool:
+    """Whether a number has changed; what an optimizer has just made was zeros."""
+    return any(not torch.equal(before.get(name, torch.zeros_like(value)), value) for name, value in after.items())
 
 
 def _scale(trainer: Trainer) -> float:
