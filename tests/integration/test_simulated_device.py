@@ -114,11 +114,13 @@ def train(place: Path, world_size: int, runs: Iterable[tuple[str, Options]], sim
     return folder
 
 
+def transfers(place: Path, name: str, rank: int) -> list[dict]:
+    return [json.loads(line) for line in (place / f"{name}.rank{rank}").read_text().splitlines()]
+
+
 def waits(place: Path, name: str, world_size: int) -> list[dict]:
     """Where a host waited for the device in a step in which nothing was due."""
-    files = [place / f"{name}.rank{rank}" for rank in range(world_size)]
-    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
-    assert all(any(line["due"] for line in lines) for _ in files), "what is due in a step is brought to the host"
+    lines = [line for rank in range(world_size) for line in transfers(place, name, rank)]
     found = [line for line in lines if line["step"] and not line["due"]]
     if "powersgd" in name:  # whose first matrices torch draws on the host
         theirs = [line for line in found if "powerSGD_hook" in line["where"]]
@@ -147,6 +149,8 @@ def test_two_short_runs_have_the_cpus_bits_and_the_host_waits_only_where_somethi
     options = (*SHORT, "train.max_steps=8", *COLOUR, "optim.clip_norm=0.5", "optim.ema=0.9")
     runs = {"ddp": (*options, "model.name=cnn"), "exact": (*options, "sync.mode=exact")}  # with dropout, and with BatchNorm
     check(tmp_path, 1, runs)
+    for name in runs:  # a line at 6, a comparison of weights at 7, all at the end
+        assert {line["step"] for line in transfers(tmp_path, name, 0)} == {0, 6, 7, 8}
 
 
 @pytest.mark.slow
