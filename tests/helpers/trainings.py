@@ -80,7 +80,7 @@ def on_one_gpu() -> dict[str, Group]:
         cases = {f"{name}, {mode}": (*common, *own) for name, own in COMPILED.items()}
         if mode in ("none", "default"):  # a mode with CUDA graphs is refused with it
             cases[f"accumulated, {mode}"] = (*common, "model.name=convnet", "train.accumulate=3")
-        groups[f"compiled, {mode}"] = Group(cases, "uncompiled")
+        groups[f"compiled, {mode}"] = Group(cases, "uncompiled", WITHOUT_TF32)
     groups["refused"] = Group(
         {
             "fp8": (*FEW, "train.precision=fp8"),
