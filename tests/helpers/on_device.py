@@ -77,7 +77,7 @@ def only_rehearsed(reason: str) -> None:
 
 def environment(env: Mapping[str, str] | None = None) -> dict[str, str]:
     """Of a launch that may use the GPUs, and whose workers may be modules of tests/."""
-    shown = {name: value for name, value in CLEAN.items() if name not in HIDING} | SHOWN
+    shown = {name: value for name, value in CLEAN.items() if name not in (*HIDING, "ACCELERATE_USE_CPU")} | SHOWN
     path = os.pathsep.join(filter(None, (str(ROOT / "tests"), str(ROOT), CLEAN.get("PYTHONPATH"))))
     return shown | {"PYTHONPATH": path, "PATH": f"{BIN}{os.pathsep}{CLEAN['PATH']}"} | (env or {})
 
@@ -186,8 +186,9 @@ def commands(command_lines: Mapping[str, Sequence[str]], cwd: Path, on_cpu: bool
     file = cwd / "commands.json"
     file.write_text(json.dumps(list(command_lines.values())))
     worker = ("helpers.commands_worker", str(file))
-    hidden = [sys.executable, "-m", *worker]
-    done = run(hidden, cwd, environment(HIDING), timeout=100) if on_cpu else launch(*worker, cwd=cwd)
+    program = [sys.executable, "-m", *worker] if on_cpu else command(*worker)
+    hidden = HIDING | {"ACCELERATE_USE_CPU": "true"} if on_cpu else {}
+    done = run(program, cwd, environment(hidden), timeout=300)
     assert done.code == 0, done.err
     outcomes = dict(zip(command_lines, json.loads(done.out), strict=True))
     for name, (code, _, err) in outcomes.items():
