@@ -32,6 +32,9 @@ def main() -> None:
                 train(case["arguments"])
             except (UserError, Fault) as error:
                 found[name] = {"error": str(error)}
+            except Exception:
+                print(f"in the case {name!r}:", file=sys.stderr)
+                raise
     file.with_suffix(f".rank{os.environ.get('RANK', '0')}").write_text(json.dumps(found))
 
 

@@ -12,12 +12,12 @@ from pathlib import Path
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).parents[2]
 QUIET = ("tracking.wandb=disabled", "run.report=false")
-# What hides a machine's GPUs: CUDA's and ROCm's, and Intel's, to which an empty text would mean all of them.
+# What hides a machine's GPUs from a process: CUDA's and ROCm's, and Intel's, to which an empty text would mean all of them.
 HIDING = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "ZE_AFFINITY_MASK": "999"}
-if sys.platform == "darwin":  # where no variable hides the GPU
-    HIDING["ACCELERATE_USE_CPU"] = "true"
-SHOWN = {name: os.environ[name] for name in HIDING if name in os.environ}  # what shows those that a user wants seen
+SHOWN = {name: os.environ[name] for name in HIDING if name in os.environ}  # which a user wants seen
 CLEAN = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "ACCELERATE_", "SLURM_", "OMP_"))} | HIDING
+if sys.platform == "darwin":  # where nothing hides the GPU
+    CLEAN["ACCELERATE_USE_CPU"] = "true"
 CLEAN["GOMP_SPINCOUNT"] = "0"  # threads that spin while they wait slow each other 20 times on a busy machine
 
 

@@ -53,7 +53,8 @@ def description() -> str:
         return f"a dry run on {SIMULATED_DEVICES} simulated GPUs, {names}"
     if not num_devices():
         return f"no GPU, {names}"
-    return f"{num_devices()} × {device_name(device_type())}, {names}, CUDA {torch.version.cuda}"
+    cuda = f", CUDA {torch.version.cuda}" if torch.version.cuda else ""
+    return f"{num_devices()} × {device_name(device_type())}, {names}{cuda}"
 
 
 def has(precision: str) -> bool:
@@ -76,7 +77,7 @@ def only_rehearsed(reason: str) -> None:
 
 def environment(env: Mapping[str, str] | None = None) -> dict[str, str]:
     """Of a launch that may use the GPUs, and whose workers may be modules of tests/."""
-    shown = {name: value for name, value in CLEAN.items() if name not in HIDING} | SHOWN
+    shown = {name: value for name, value in CLEAN.items() if name not in (*HIDING, "ACCELERATE_USE_CPU")} | SHOWN
     path = os.pathsep.join(filter(None, (str(ROOT / "tests"), str(ROOT), CLEAN.get("PYTHONPATH"))))
     return shown | {"PYTHONPATH": path, "PATH": f"{BIN}{os.pathsep}{CLEAN['PATH']}"} | (env or {})
 
@@ -156,17 +157,16 @@ class Trainings:
     def __init__(self, place: Path, groups: Mapping[str, Mapping[int, Group]]):
         self.place, self.groups, self.runs = place, groups, place / "runs"
         self._found: dict[tuple[str, int], list[dict[str, Any]]] = {}
-        self._tried = False
+        self._tried: set[tuple[str, int]] = set()
 
     def found(self, name: str, size: int = 1) -> list[dict[str, Any]]:
         """What the ranks of a world have found in the cases of a group."""
-        if (name, size) not in self._found and SIMULATED:
-            assert not self._tried, "the launches of all groups have failed, as another test says"
-            self._tried = True
-            for world_size in sorted({size for sizes in self.groups.values() for size in sizes}, reverse=True):
-                self._make([name for name, sizes in self.groups.items() if world_size in sizes], world_size)
-        elif (name, size) not in self._found:
-            self._make([name], size)
+        if (name, size) not in self._found:
+            assert (name, size) not in self._tried, "its launch has failed, as another test says"
+            wanted = [(n, s) for n, sizes in self.groups.items() for s in sizes] if SIMULATED else [(name, size)]
+            self._tried.update(wanted)
+            for world_size in sorted({s for _, s in wanted}, reverse=True):
+                self._make([n for n, s in wanted if s == world_size], world_size)
         return self._found[name, size]
 
     def _make(self, names: Sequence[str], size: int) -> None:
@@ -186,8 +186,9 @@ def commands(command_lines: Mapping[str, Sequence[str]], cwd: Path, on_cpu: bool
     file = cwd / "commands.json"
     file.write_text(json.dumps(list(command_lines.values())))
     worker = ("helpers.commands_worker", str(file))
-    hidden = [sys.executable, "-m", *worker]
-    done = run(hidden, cwd, environment(HIDING), timeout=100) if on_cpu else launch(*worker, cwd=cwd)
+    program = [sys.executable, "-m", *worker] if on_cpu else command(*worker)
+    hidden = HIDING | {"ACCELERATE_USE_CPU": "true"} if on_cpu else {}
+    done = run(program, cwd, environment(hidden), timeout=300)
     assert done.code == 0, done.err
     outcomes = dict(zip(command_lines, json.loads(done.out), strict=True))
     for name, (code, _, err) in outcomes.items():

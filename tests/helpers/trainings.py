@@ -58,13 +58,14 @@ if not SIMULATED:
     CONTEXTS |= {"exact": (*SHORT, "sync.mode=exact"), "local": (*SHORT, "sync.mode=local", "sync.every=2")}
     CONTEXTS["streamed"] = (*SHORT, "data.in_memory=false", "data.workers=1")
 WITHOUT_TF32 = {"NVIDIA_TF32_OVERRIDE": "0"}
+DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # as exact mode sets it
 
 
 def in_two_parts(name: str, *arguments: str) -> Group:
     """A run, and one that is resumed in its midst, with kernels that give the same bits each time."""
     options = (*arguments, f"train.max_steps={END}", f"checkpoint.every_steps={MIDDLE}")
     first = (*options, f"train.max_steps={MIDDLE}", f"run.name={name}")
-    return Group({f"{name}, unbroken": options, f"{name}, first part": first, name: options}, "deterministic")
+    return Group({f"{name}, unbroken": options, f"{name}, first part": first, name: options}, "deterministic", DETERMINISTIC)
 
 
 def on_one_gpu() -> dict[str, Group]:
@@ -125,7 +126,7 @@ def on_several_gpus() -> dict[str, dict[int, Group]]:
     for compress in COMPRESSIONS:
         parts = in_two_parts(compress, *SMOOTH, FP32, f"sync.compress={compress}")
         whole = {f"{compress}, whole": (*SMOOTH, FP32, "train.max_steps=1")}
-        groups[compress] = {2: Group({**parts.cases, **whole}, parts.watch)}
+        groups[compress] = {2: Group({**parts.cases, **whole}, parts.watch, parts.env)}
     for overlap in OVERLAPS:
         name = f"local, overlap {overlap}"
         groups[name] = {2: in_two_parts(name, *LOCAL, f"sync.overlap={overlap}")}
