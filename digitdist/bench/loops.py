@@ -61,6 +61,7 @@ def bare_loop(setup: Setup, accelerator: Accelerator, variant: Variant) -> Loop:
     if variant.compiled:
         model.compile()
     kind = AUTOCAST.get(variant.precision or setup.plan.precision)
+    scaler = torch.amp.GradScaler(device.type, enabled=kind == torch.float16)
     batches = _endless_batches(setup, accelerator, variant, size, layout)
 
     def loop(steps: int) -> float:
@@ -69,8 +70,9 @@ def bare_loop(setup: Setup, accelerator: Accelerator, variant: Variant) -> Loop:
         for pixels, labels in itertools.islice(batches, steps):
             with torch.autocast(device.type, kind, enabled=kind is not None):
                 loss = F.cross_entropy(model(pixels), labels)
-            loss.backward()
-            optimizer.step()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
             optimizer.zero_grad()
             if variant.all_reduce:
                 dist.all_reduce(torch.zeros(variant.all_reduce, device=device))

@@ -43,6 +43,7 @@ def documented() -> dict[str, str]:
     return {claim: outcome for claim, gpus, outcome in rows if gpus in ("1", "2")}
 
 
+@pytest.mark.slow
 def test_without_a_gpu_nothing_is_tried_and_the_table_says_why():
     done = run_suite("", timeout=100)
     assert done.code == 0, done.out
@@ -61,6 +62,7 @@ def test_a_dry_run_holds_what_the_readme_says():
     assert set(documented().values()) == {"holds", "not tried"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("marker", ["none", "gpu"])
 def test_only_a_run_that_asks_for_the_tests_of_gpus_sees_one(tmp_path: Path, marker: str):
     (tmp_path / "test_sees.py").write_text(SEES)

@@ -145,6 +145,7 @@ def test_the_device_waits_and_refuses_where_a_real_one_does(tmp_path: Path):
     assert json.loads(done.out) == expected
 
 
+@pytest.mark.slow
 def test_two_short_runs_have_the_cpus_bits_and_the_host_waits_only_where_something_is_due(tmp_path: Path):
     options = (*SHORT, "train.max_steps=8", *COLOUR, "optim.clip_norm=0.5", "optim.ema=0.9")
     runs = {"ddp": (*options, "model.name=cnn"), "exact": (*options, "sync.mode=exact")}  # with dropout, and with BatchNorm
