@@ -64,7 +64,7 @@ def test_everything_that_a_step_needs_is_on_the_device(trainings: Trainings, pre
 
 QUIET_CASES = {
     "all options": (*EVERYTHING, "model.name=columns", "data.focus=3"),
-    "streamed": ("data.in_memory=false", "data.workers=1"),
+    "streamed": ("data.in_memory=false", f"data.workers={0 if SIMULATED else 1}"),
     "exact, all options": (*EVERYTHING, "sync.mode=exact", "sync.shards=2", "optim.name=sgd", "optim.lr=0.03"),
     "local, all options": (*EVERYTHING, "sync.mode=local", "sync.every=7", "sync.overlap=true"),
 }

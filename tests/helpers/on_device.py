@@ -138,6 +138,7 @@ def train(
     file.write_text(json.dumps(asked))
     done = launch("helpers.device_worker", str(file), cwd=cwd, processes=processes, env=env, timeout=timeout)
     assert done.code == 0, done.err
+    (cwd / "said.txt").write_text(done.out + done.err)
     return [json.loads(file.with_suffix(f".rank{rank}").read_text()) for rank in range(processes)]
 
 
@@ -158,6 +159,7 @@ class Trainings:
         self.place, self.groups, self.runs = place, groups, place / "runs"
         self._found: dict[tuple[str, int], list[dict[str, Any]]] = {}
         self._tried: set[tuple[str, int]] = set()
+        self.said: dict[tuple[str, int], list[str]] = {}  # the lines that a launch has printed
 
     def found(self, name: str, size: int = 1) -> list[dict[str, Any]]:
         """What the ranks of a world have found in the cases of a group."""
@@ -178,6 +180,7 @@ class Trainings:
             env |= group.env
         found = train(cases, self.place, watch, size, env, timeout=1700)
         for name, group in groups.items():
+            self.said[name, size] = (self.place / "said.txt").read_text().splitlines()
             self._found[name, size] = [{case: of_rank[case] for case in group.cases} for of_rank in found]
 
 

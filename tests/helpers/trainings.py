@@ -13,10 +13,12 @@ EVERYTHING = (
     *("model.name=convnet", "optim.name=adamw", "optim.ema=0.9", "optim.clip_norm=0.5", "train.label_smoothing=0.1"),
     *("augment.rotate=9", "augment.shift=1", "augment.scale=0.1", "augment.shear=0.1", "train.accumulate=2"),
 )
-# 20 steps, with a checkpoint and the end of an epoch in their midst.
-EXACT = (*FEW, "sync.mode=exact", "train.max_steps=20", "checkpoint.every_steps=10")
+# 16 steps, with a checkpoint and the end of an epoch in their midst.
+EXACT = (*FEW, "sync.mode=exact", "train.max_steps=16", "checkpoint.every_steps=10")
 EXACT_EVERYTHING = (*EXACT, *EVERYTHING, "sync.shards=2", "data.focus=2", BEST)
-EXACT_OPTIONS = {"dropout": (*EXACT, "sync.shards=4", FP32), "everything": EXACT_EVERYTHING}
+EXACT_OPTIONS = {"everything": EXACT_EVERYTHING}
+if not SIMULATED:
+    EXACT_OPTIONS["dropout"] = (*EXACT, "sync.shards=5", FP32)
 if on_device.has("fp16"):
     EXACT_OPTIONS["sgd, fp16"] = (*EXACT, "optim.name=sgd", "optim.lr=0.03", "train.precision=fp16")
 # Shards of 7 or 8 images of 50, and 1 or 2 in the last batch of an epoch: no number of ranks divides them.
@@ -52,11 +54,10 @@ COMPRESSIONS = ["bf16"] if SIMULATED else ["bf16", "fp16", "powersgd"]
 OVERLAPS = ["true"] if SIMULATED else ["false", "true"]
 MIDDLE, END = (5, 8) if SIMULATED else (12, 18)  # where a run is resumed, and ends
 LOCAL = (*FEW, FP32, "model.name=convnet", "optim.ema=0.9", "sync.mode=local", "sync.every=3", "sync.check_every=1")
-SHORT = (*FEW, FP32, "train.max_steps=3")
-CONTEXTS = {"ddp": SHORT}
+SHORT = {"ddp": (*FEW, FP32, "train.max_steps=3")}
 if not SIMULATED:
-    CONTEXTS |= {"exact": (*SHORT, "sync.mode=exact"), "local": (*SHORT, "sync.mode=local", "sync.every=2")}
-    CONTEXTS["streamed"] = (*SHORT, "data.in_memory=false", "data.workers=1")
+    SHORT |= {"exact": (*SHORT["ddp"], "sync.mode=exact"), "local": (*SHORT["ddp"], "sync.mode=local", "sync.every=2")}
+    SHORT["streamed"] = (*SHORT["ddp"], "data.in_memory=false", "data.workers=1")
 WITHOUT_TF32 = {"NVIDIA_TF32_OVERRIDE": "0"}
 DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # as exact mode sets it
 
@@ -113,9 +114,11 @@ def on_several_gpus() -> dict[str, dict[int, Group]]:
         "uneven": {size: Group({f"exact on {size}": UNEVEN}) for size in sizes},
         "first part": {MOST: Group({"first part": (*UNEVEN, "train.max_steps=13", "run.name=resumed")})},
         "resumed": {1: Group({"resumed": UNEVEN})},
-        "views": {2: Group({"views": SHORT}, "looks")},
-        "contexts": {2: Group({f"contexts, {name}": options for name, options in CONTEXTS.items()}, "contexts")},
+        "views": {2: Group({"views": SHORT["ddp"]}, "looks")},
+        "contexts": {2: Group({f"contexts, {name}": options for name, options in SHORT.items()}, "contexts")},
     }
+    for name, options in SHORT.items():
+        groups[f"{name} alone"] = {2: Group({f"{name} alone": options}, env={"NCCL_DEBUG": "WARN"})}
     for precision in PRECISIONS:
         options = (*SMOOTH, precision, f"train.max_steps={COMPARED}")
         groups[precision] = {size: Group({f"{precision} on {size}": options}, env=WITHOUT_TF32) for size in sizes}
