@@ -19,7 +19,10 @@ CPU = torch.device("cpu")
 # Their result, or its shape, is a number that the host asks for.
 ASKING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal", "bincount", "repeat_interleave"}
 # What autocast computes in the lower precision, as on the CPU.
-LOWER = "conv1d conv2d conv3d conv_transpose1d conv_transpose2d.input conv_transpose3d.input linear matmul mm bmm addmm baddbmm"
+LOWER = (
+    *("conv1d", "conv2d", "conv3d", "conv1d.padding", "conv2d.padding", "conv3d.padding", "conv_transpose1d"),
+    *("conv_transpose2d.input", "conv_transpose3d.input", "linear", "matmul", "mm", "bmm", "addmm", "baddbmm"),
+)
 INDEXING = {"index", "index_put", "index_put_"}
 aten: Any = torch.ops.aten
 _get_plain_future = Work.get_future
@@ -235,7 +238,7 @@ def autocast_libraries() -> tuple[torch.library.Library, torch.library.Library]:
 
         return call
 
-    for name in LOWER.split():
+    for name in LOWER:
         packet, _, overload = name.partition(".")
         library.impl(name, lowering(getattr(getattr(aten, packet), overload or "default")), "AutocastPrivateUse1")
     return everything, library
