@@ -25,7 +25,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     for parameter in parameters:
         dense = torch.empty_like(parameter)
         if parameter.stride() != dense.stride():  # a view with gaps, which a fused update on CPUs would take for numbers
-            parameter.data = dense.copy_(parameter)
+            parameter.data = dense.copy_(parameter.detach())
     options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
     if config.name == "sgd":
         kind: type[torch.optim.Optimizer] = torch.optim.SGD
