@@ -36,7 +36,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     optimizer = eager_optimizer(kind, parameters, **options)
     if options.get("momentum"):
         # Or it makes them without values, and leaves them so where fp16 overflows in the first step. The bits are the same.
-        for parameter in (p for p in optimizer.param_groups[0]["params"] if p.requires_grad):
+        for parameter in (p for p in parameters if p.requires_grad):
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 

@@ -29,8 +29,8 @@ def displayable(images: Tensor) -> np.ndarray:
 
 def black(info: DataSetInfo) -> Tensor:
     """What a black pixel is after `normalise`: float32 [], or in colour [c, 1, 1]; on the CPU."""
-    values = torch.tensor([-mean / std for mean, std in zip(info.mean, info.std, strict=True)])
-    return values[0] if len(values) == 1 else values.view(-1, 1, 1)
+    values = per_channel([-mean / std for mean, std in zip(info.mean, info.std, strict=True)], torch.device("cpu"))
+    return values.squeeze() if info.channels == 1 else values
 
 
 def per_channel(values: Sequence[float], device: torch.device) -> Tensor:

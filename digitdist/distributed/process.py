@@ -60,9 +60,7 @@ def leave(code: int) -> NoReturn:
     No exit handler may then wait for a rank that is gone, and a gloo thread that frees its last tensor while Python shuts
     down would abort the process.
     """
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):  # nobody reads it any more
-            stream.flush()
+    _flush()
     if _had_process_group:
         os._exit(code)
     sys.exit(code)
@@ -72,10 +70,14 @@ def end_process(code: int) -> None:
     """Ends this process from any thread, whatever its main thread waits for; not a program, such as a notebook, that trains on
     one process and may have other things to do."""
     if _is_command or _had_process_group:
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError):
-                stream.flush()
+        _flush()
         os._exit(code)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            stream.flush()
 
 
 def note_process_group() -> None:

@@ -41,10 +41,12 @@ class PeerWatch:
         if self.heartbeat.world_size > 1:
             threading.Thread(target=self._watch, name="peers", daemon=True).start()
 
-    def take_over(self) -> None:
-        """Called by the main thread before it acts by itself: this watch then does nothing any more."""
+    def take_over(self, state: int) -> None:
+        """Called by the main thread before it acts by itself: this watch then does nothing any more. Records what has become of
+        this rank."""
         if not self._acting.acquire(blocking=False):
             time.sleep(self.timeout_s)  # the watch ends the process at this moment
+        self.heartbeat.mark(state)
 
     def _watch(self) -> None:
         if self.heartbeat.progress:  # or this thread's look would begin a context on the first GPU

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from digitdist.checkpoint import Tensors
 from digitdist.model_state import load_model_state, load_transient_buffers, model_state
@@ -38,9 +38,15 @@ class MovingAverage:
         self.model, self.decay, self.begun = model, decay, False
         self.eval_model: nn.Module = copy.deepcopy(model)
         self.networks = [model, self.eval_model]
-        pairs = [*zip(self.eval_model.parameters(), model.parameters(), strict=True)]
-        self.averaged = [pair for pair in pairs if pair[0].is_floating_point() or pair[0].is_complex()]
-        self.counts = [pair for pair in pairs if not (pair[0].is_floating_point() or pair[0].is_complex())]  # have no average
+        self.averages: list[Tensor] = []
+        self.weights: list[Tensor] = []
+        self.counts: list[tuple[Tensor, Tensor]] = []  # which have no average
+        for ours, theirs in zip(self.eval_model.parameters(), model.parameters(), strict=True):
+            if ours.is_floating_point() or ours.is_complex():
+                self.averages.append(ours)
+                self.weights.append(theirs)
+            else:
+                self.counts.append((ours, theirs))
         self.with_extra_state = [
             (theirs, ours)
             for theirs, ours in zip(model.modules(), self.eval_model.modules(), strict=True)
@@ -50,11 +56,10 @@ class MovingAverage:
     @torch.no_grad()
     def update(self) -> None:
         """Takes in the weights after a step, without waiting for their device. After the first step they are the average."""
-        averages, weights = (list(column) for column in zip(*self.averaged, strict=True))
         if self.begun:
-            torch._foreach_lerp_(averages, weights, 1 - self.decay)
+            torch._foreach_lerp_(self.averages, self.weights, 1 - self.decay)
         else:
-            torch._foreach_copy_(averages, weights)
+            torch._foreach_copy_(self.averages, self.weights)
             self.begun = True
         for ours, theirs in (*self.counts, *zip(self.eval_model.buffers(), self.model.buffers(), strict=True)):
             ours.copy_(theirs)

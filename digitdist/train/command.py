@@ -96,22 +96,22 @@ def train_setup(setup: Setup, closing: contextlib.ExitStack) -> Path:
     fetch_run(config, plan, launchers)
     run = run_on_main(accelerator, lambda: open_run(config, plan, setup.splits, setup.last_step, launchers))
     closing.callback(run.close)
-    trained = not (run.finished and run.stored)
     if run.finished and run.stored:
         step = run.stored.step
         print_main(f"{run.folder} is finished, at step {step:,}; raise train.epochs or train.max_steps to train on")
-    else:
-        print_main(first_lines(setup, run))
-        heartbeat, stop_request = Heartbeat(run.heartbeat, plan.world, accelerator.device), StopRequest()
-        stop_request.listen()
-        closing.callback(stop_request.close)
-        with failures_named(heartbeat, run, config.sync.timeout_s):
-            trainer = Trainer(setup, accelerator, run, heartbeat, stop_request)
-            closing.callback(trainer.recorder.close)
-            trainer.train()
-        run.heartbeat.unlink(missing_ok=True)
+        accelerator.end_training()
+        return run.folder
+    print_main(first_lines(setup, run))
+    heartbeat, stop_request = Heartbeat(run.heartbeat, plan.world, accelerator.device), StopRequest()
+    stop_request.listen()
+    closing.callback(stop_request.close)
+    with failures_named(heartbeat, run, config.sync.timeout_s):
+        trainer = Trainer(setup, accelerator, run, heartbeat, stop_request)
+        closing.callback(trainer.recorder.close)
+        trainer.train()
+    run.heartbeat.unlink(missing_ok=True)
     accelerator.end_training()  # before the report, for which no rank need wait
-    if trained and is_main() and config.run.report:
+    if is_main() and config.run.report:
         write_report(run.folder)
     return run.folder
 
@@ -135,19 +135,16 @@ def failures_named(heartbeat: Heartbeat, run: Run, timeout_s: float) -> Iterator
     watch.start()
     try:
         yield
-        watch.take_over()
-        heartbeat.mark(LEFT)
+        watch.take_over(LEFT)
     except (UserError, Stopped, Fault):
-        watch.take_over()
-        heartbeat.mark(LEFT)
+        watch.take_over(LEFT)
         raise
     except Exception as error:
-        watch.take_over()
         if not is_collective_failure(error):
-            heartbeat.mark(RAISED)
+            watch.take_over(RAISED)
             record_end(run.folder, fault=f"rank {heartbeat.rank} raised {error!r} at {heartbeat.position}")
             raise
-        heartbeat.mark(NOTICED)
+        watch.take_over(NOTICED)
         failed = find_failed_rank(heartbeat)
         report(failed)
         raise PeerFailed(failed.description) from error

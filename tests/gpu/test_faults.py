@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import time
 from pathlib import Path
 
@@ -11,10 +10,8 @@ import pytest
 from helpers import on_device
 from helpers.launching import ROOT, run
 from helpers.on_device import FP32, SIMULATED
-from helpers.runs import assert_same_run, attempts, wait_until
+from helpers.runs import assert_same_run, attempts, wait_for_phase
 from helpers.trainings import EXACT, EXACT_EVERYTHING
-
-from digitdist.distributed import read_beats
 
 pytestmark = [pytest.mark.gpu, pytest.mark.needs(gpus=2), pytest.mark.timeout(300)]
 TIMEOUT_S = 3 if SIMULATED else 10
@@ -25,25 +22,14 @@ if SIMULATED:
     PAIRS = [("block", "update")]
 
 
-def wait_for_fault(folder: Path, phase: str, process: subprocess.Popen[str]) -> float:
-    """Waits until rank 1 stands at its fault or is gone; returns when that was."""
-
-    def is_there() -> bool:
-        assert process.poll() is None, process.communicate()
-        beats = [beat for file in folder.glob(".heartbeat-*") for beat in read_beats(file.read_bytes()) if beat.rank == 1]
-        return any((beat.step, beat.phase) == (PHASES[phase], phase) for beat in beats)
-
-    wait_until(is_there)
-    return time.monotonic()
-
-
 @pytest.mark.claim("a rank that ends or hangs, in any phase of a step, is named with its place within sync.timeout_s + 5 s")
 @pytest.mark.parametrize(("kind", "phase"), PAIRS)
 def test_a_rank_that_ends_is_named(place: Path, kind: str, phase: str):
     fault = {"DIGITDIST_FAULT": f"{kind} rank=1 step={PHASES[phase]} phase={phase}"}
     own = (f"sync.timeout_s={TIMEOUT_S}", "run.name=a")
     process = on_device.start("digitdist.train", *EXACT, FP32, *own, cwd=place, processes=2, env=fault)
-    began = wait_for_fault(place / "runs/a", phase, process)
+    wait_for_phase(place / "runs/a", 1, PHASES[phase], phase, process)
+    began = time.monotonic()
     workers = psutil.Process(process.pid).children()
     gone, _ = psutil.wait_procs(workers, timeout=TIMEOUT_S + 30)
     seconds = time.monotonic() - began

@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 from helpers import on_device
 from helpers.on_device import SIMULATED
-from helpers.runs import assert_same_run, wait_until
+from helpers.runs import ask_to_stop, assert_same_run, wait_for_phase
 from helpers.trainings import EXACT_EVERYTHING
 
 from digitdist.checkpoint import folders, read
-from digitdist.distributed import read_beats
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 ARGUMENTS = (*EXACT_EVERYTHING, "run.name=a")
@@ -26,13 +25,7 @@ def start_and_wait(place: Path, kind: str) -> subprocess.Popen[str]:
     """Starts a run, which stays in step 12: for two seconds, or with ``block`` for ever, as for a GPU that does not answer."""
     fault = {"DIGITDIST_FAULT": f"{kind} rank=0 step=12 phase=update"}
     process = on_device.start("digitdist.train", *ARGUMENTS, cwd=place, env=fault)
-
-    def is_there() -> bool:
-        assert process.poll() is None, process.communicate()
-        beats = [beat for file in (place / "runs/a").glob(".heartbeat-*") for beat in read_beats(file.read_bytes())]
-        return any((beat.step, beat.phase) == (12, "update") for beat in beats)
-
-    wait_until(is_there)
+    wait_for_phase(place / "runs/a", 0, 12, "update", process)
     return process
 
 
@@ -40,10 +33,7 @@ def start_and_wait(place: Path, kind: str) -> subprocess.Popen[str]:
 @pytest.mark.parametrize("name", STOPS)
 def test_a_stop_saves_and_ends_with_75(place: Path, unbroken: Path, name: str):
     process = start_and_wait(place, "slow")
-    if name == "STOP":
-        (place / "runs/a/STOP").touch()
-    else:
-        process.send_signal(getattr(signal, name))
+    ask_to_stop(process, place / "runs/a", name)
     out, _ = process.communicate(timeout=30)
     assert process.returncode == 75, out
     stored = read(folders(place / "runs/a/checkpoints")[-1])

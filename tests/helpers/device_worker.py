@@ -1,9 +1,9 @@
-"""Run on every rank by `helpers.on_device.train`: trains as the command does, several times in the same processes.
+"""Run on every rank of a world: trains as the command does, several times in the same processes.
 
     python -m helpers.device_worker CASES.json
 
 The file has, by the name of each case, ``arguments`` and a ``watch`` of `helpers.watchers`. Each rank writes what that has
-found, as JSON, beside the file.
+found, as JSON, beside the file. Where SIMULATED_TRANSFERS is set, the transfers of a case have the case's name too.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ def main() -> None:
     found: dict[str, Any] = {}
     for name, case in json.loads(file.read_text()).items():
         with pytest.MonkeyPatch.context() as patch:
+            if transfers := os.environ.get("SIMULATED_TRANSFERS"):
+                patch.setenv("SIMULATED_TRANSFERS", f"{transfers}.{name}")
             found[name] = WATCHERS[case["watch"]](patch)
             try:
                 train(case["arguments"])

@@ -51,6 +51,12 @@ def run(command: list[str], cwd: Path, env: dict[str, str] | None, timeout: floa
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 
+def start_process(command: list[str], cwd: Path, env: dict[str, str]) -> subprocess.Popen[str]:
+    """Starts a command in a process group of its own; its errors are among its output."""
+    streams: dict = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(command, cwd=cwd, env=env, text=True, start_new_session=True, **streams)
+
+
 def on_a_terminal(*arguments: str, cwd: Path, env: dict[str, str] | None = None) -> tuple[int, str]:
     """Exit code and output of a Python command that has a terminal on which nobody types."""
     main, secondary = pty.openpty()

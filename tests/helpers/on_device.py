@@ -19,7 +19,7 @@ import torch
 
 from digitdist.distributed import device_name
 from digitdist.distributed.device import accelerator_type, lacks
-from helpers.launching import BIN, CLEAN, HIDING, QUIET, ROOT, SHOWN, Outcome, run
+from helpers.launching import BIN, CLEAN, HIDING, QUIET, ROOT, SHOWN, Outcome, run, start_process
 
 SIMULATED = os.environ.get("DIGITDIST_TEST_DEVICE") == "simulated"
 SIMULATOR = ROOT / "tests/helpers/simulated_device.py"
@@ -105,15 +105,7 @@ def start(
     module: str, *arguments: str, cwd: Path, processes: int = 1, env: Mapping[str, str] | None = None
 ) -> subprocess.Popen[str]:
     """Starts `module` on so many GPUs, in a process group of its own."""
-    return subprocess.Popen(
-        command(module, *arguments, processes=processes),
-        cwd=cwd,
-        env=environment(env),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    return start_process(command(module, *arguments, processes=processes), cwd, environment(env))
 
 
 def train(
@@ -200,8 +192,8 @@ def commands(command_lines: Mapping[str, Sequence[str]], cwd: Path, on_cpu: bool
 
 
 def transfers(file: Path) -> list[dict[str, Any]]:
-    """What simulated devices have brought to the host, where SIMULATED_TRANSFERS names this file: of all ranks."""
-    return [json.loads(line) for found in file.parent.glob(f"{file.name}.rank*") for line in found.read_text().splitlines()]
+    """What simulated devices have brought to the host, where SIMULATED_TRANSFERS names this file: of all cases and ranks."""
+    return [json.loads(line) for found in file.parent.glob(f"{file.name}.*.rank*") for line in found.read_text().splitlines()]
 
 
 def environment_of_script(place: Path, env: Mapping[str, str]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+
+from digitdist.distributed import read_beats
 
 T = TypeVar("T")
 
@@ -76,3 +79,22 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
         return reached(folder) >= step
 
     wait_until(is_there)
+
+
+def wait_for_phase(folder: Path, rank: int, step: int, phase: str, process: subprocess.Popen) -> None:
+    """Until a rank of the run that `process` trains is in this phase of a step, as its heartbeat says."""
+
+    def is_there() -> bool:
+        assert process.poll() is None, process.communicate()
+        beats = [beat for file in folder.glob(".heartbeat-*") for beat in read_beats(file.read_bytes())]
+        return any((beat.rank, beat.step, beat.phase) == (rank, step, phase) for beat in beats)
+
+    wait_until(is_there)
+
+
+def ask_to_stop(process: subprocess.Popen, folder: Path, how: str) -> None:
+    """Asks the run that `process` trains to stop: by the signal of that name, or by the file STOP."""
+    if how == "STOP":
+        (folder / "STOP").touch()
+    else:
+        process.send_signal(getattr(signal, how))

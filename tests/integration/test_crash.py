@@ -13,8 +13,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from helpers.launching import BIN, CLEAN, QUIET, ROOT, Outcome, accelerate, python, run, torchrun
-from helpers.runs import assert_same_run, events, result, wait_for_step
+from helpers.launching import BIN, CLEAN, QUIET, ROOT, Outcome, accelerate, python, run, start_process, torchrun
+from helpers.runs import ask_to_stop, assert_same_run, events, result, wait_for_step
 
 from digitdist.checkpoint import folders
 
@@ -42,15 +42,7 @@ def start(processes: int, *arguments: str, cwd: Path, env: dict[str, str] | None
     command = [str(BIN / "torchrun"), "--nproc_per_node", str(processes), *arguments]
     if processes == 1:
         command = [sys.executable, *arguments]
-    return subprocess.Popen(
-        command,
-        cwd=cwd,
-        env=CLEAN | (env or {}),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    return start_process(command, cwd, CLEAN | (env or {}))
 
 
 # What is stopped
@@ -62,10 +54,7 @@ def test_a_stop_saves_and_ends_with_75_and_the_same_command_goes_on(place: Path,
     process = start(1, *EXACT, cwd=place)
     wait_for_step(place / "runs/a", 10, process)
     began = time.monotonic()
-    if name == "STOP":
-        (place / "runs/a/STOP").touch()
-    else:
-        process.send_signal(getattr(signal, name))
+    ask_to_stop(process, place / "runs/a", name)
     out, _ = process.communicate(timeout=30)
     assert process.returncode == 75, out
     assert time.monotonic() - began < 5

@@ -109,14 +109,16 @@ def launch(
 def train(place: Path, world_size: int, runs: Iterable[tuple[str, Options]], simulated: bool) -> Path:
     """Trains runs one after another in one launch; returns the folder that they are in."""
     folder = place / ("simulated" if simulated else "cpu")
-    lines = [[*QUIET, *options, f"run.dir={folder}", f"run.name={name}"] for name, options in runs]
-    (place / "runs.json").write_text(json.dumps(lines))
-    launch(place, world_size, "helpers.several_runs", "runs.json", simulated=simulated, note="runs" if simulated else "")
+    own = {name: [*QUIET, *options, f"run.dir={folder}", f"run.name={name}"] for name, options in runs}
+    file = place / "runs.json"
+    file.write_text(json.dumps({name: {"arguments": arguments, "watch": "nothing"} for name, arguments in own.items()}))
+    launch(place, world_size, "helpers.device_worker", str(file), simulated=simulated, note="waits" if simulated else "")
+    assert not any(json.loads(file.with_suffix(".rank0").read_text()).values()), "none has ended with an error"
     return folder
 
 
 def transfers(place: Path, name: str, rank: int) -> list[dict]:
-    return [json.loads(line) for line in (place / f"{name}.rank{rank}").read_text().splitlines()]
+    return [json.loads(line) for line in (place / f"waits.{name}.rank{rank}").read_text().splitlines()]
 
 
 def waits(place: Path, name: str, world_size: int) -> list[dict]:
