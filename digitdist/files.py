@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 MIB = 1 << 20
+TEMPORARY = f".{16 * '[0-9a-f]'}.tmp"  # what `atomic_write` leaves where it is killed, as a pattern
 
 
 def atomic_write(file: Path, content: bytes | bytearray) -> None:

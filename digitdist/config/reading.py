@@ -17,6 +17,7 @@ from digitdist.config.keys import GROUPS, KEYS, Key, nearest_key
 from digitdist.config.schema import Config
 from digitdist.config.yaml_core import dump_yaml, parse_text, parse_yaml
 from digitdist.errors import UserError, in_one_line
+from digitdist.files import atomic_write
 
 
 def load_config(files: Sequence[str] = (), overrides: Sequence[str] = ()) -> Config:
@@ -60,7 +61,7 @@ def read_config(files: Sequence[str], overrides: Sequence[str]) -> tuple[Config,
 
 def save_config(config: Config, file: Path) -> None:
     """Writes the whole resolved configuration as YAML, which `load_config` reads."""
-    file.write_text(dump_yaml(OmegaConf.to_container(OmegaConf.structured(config))))
+    atomic_write(file, dump_yaml(OmegaConf.to_container(OmegaConf.structured(config))).encode())
 
 
 def shipped_configs() -> dict[str, Path]:

@@ -128,7 +128,7 @@ def failures_named(heartbeat: Heartbeat, run: Run, timeout_s: float) -> Iterator
     def report(failed: FailedRank) -> None:
         if failed.reported_here:
             record_end(run.folder, fault=failed.description)
-            line = f"fault: {failed.description}; the run ends, and the same command resumes it"
+            line = f"fault: {failed.description}; the run ends; to resume it, {run.resuming}"
             print(line, file=sys.stderr, flush=True)
 
     watch = PeerWatch(heartbeat, timeout_s, report)

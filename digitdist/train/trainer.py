@@ -8,14 +8,15 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from digitdist.checkpoint import DamagedCheckpoint, folder_name, write
+from digitdist.checkpoint import Checkpoint, DamagedCheckpoint, folder_name, write
 from digitdist.data import Batch, TrainingSampler, prepare_loader
 from digitdist.distributed import Heartbeat, StopRequest, check_equal, peak_memory_mb, run_on_main
 from digitdist.errors import Fault, Stopped
 from digitdist.evaluate import Evaluation, chunked_loader, evaluate
+from digitdist.files import sync
 from digitdist.model_state import model_state
 from digitdist.optim import learning_rate, set_learning_rate
-from digitdist.runs import Run
+from digitdist.runs import METRICS, Run
 from digitdist.sync import StepStats, check_finite
 from digitdist.train.cadence import Cadence
 from digitdist.train.recorder import Recorder
@@ -43,6 +44,7 @@ class Trainer:
         if run.stored:
             self.state.restore(run.stored, self.is_main)
         self.synced_step = self.step
+        self.is_unsaved = False  # whether the last checkpoint could not be written
         self.result: Evaluation | None = None  # of the last evaluation on the test images
 
         self.sampler = TrainingSampler(self.order, self.strategy.shardings, self.splits.train.indices.device)
@@ -196,28 +198,38 @@ class Trainer:
         self.strategy.drain(self.step)
         self.strategy.broadcast_buffers(self.average.networks)
         self.phase("save")
-        stored, failure = self.state.to_checkpoint(), None
-        if self.is_main:
-            best = folder_name(self.state.best["step"]) if self.state.best else None
-            try:
-                write(self.run.checkpoints, stored, self.config.checkpoint.keep, best, lambda: self.phase("save"))
-            except (OSError, DamagedCheckpoint) as error:
-                failure = str(error)
+        stored = self.state.to_checkpoint()
+        failure = self._write(stored) if self.is_main else None
         if last:
             failure = run_on_main(self.accelerator, lambda: failure)
             if failure:
                 raise Fault(f"the last checkpoint, of step {self.step}, cannot be written: {failure}")
-        elif failure:
+        elif failure and not self.is_unsaved:
             self.recorder.display.print(
                 f"the checkpoint of step {self.step} cannot be written ({failure}); training continues, older ones are kept"
             )
+        elif self.is_unsaved and not failure:
+            self.recorder.display.print(f"the checkpoint of step {self.step} is written again")
+        self.is_unsaved = bool(failure)
+
+    def _write(self, stored: Checkpoint) -> str | None:
+        """Writes a checkpoint; returns why that is not possible, if it is not."""
+        best = folder_name(self.state.best["step"]) if self.state.best else None
+        show = self.recorder.display.print
+        try:
+            if (self.run.folder / METRICS).exists():
+                sync(self.run.folder / METRICS)  # so that no checkpoint is ahead of its lines, even if the host fails
+            write(self.run.checkpoints, stored, self.config.checkpoint.keep, best, lambda: self.phase("save"), show)
+        except (OSError, DamagedCheckpoint) as error:
+            return str(error)
+        return None
 
     def stop(self) -> None:
-        """Ends a run that was asked to stop, after its checkpoint."""
-        self.recorder.stop()
+        """Ends a run that was asked to stop, after its checkpoint. Collective: every rank must call it."""
+        by_file = run_on_main(self.accelerator, self.recorder.stop)
         raise Stopped(
-            f"stopped on request after step {self.step:,}, saved in {self.run.folder};"
-            f" to resume it, run the same command again (with run.name={self.run.folder.name})"
+            f"stopped on request after step {self.step:,}, saved in {self.run.folder}; to resume it, {self.run.resuming}",
+            final=by_file,  # a signal may be a launcher's own, which then starts other workers
         )
 
     def finish(self) -> None:
