@@ -7,6 +7,8 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from digitdist.files import parse_json
+
 DIGITS = tuple("0123456789")
 FASHION = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 KUZUSHIJI = ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")
@@ -63,7 +65,9 @@ class DataSetInfo:
         Raises:
             ValueError, TypeError: it is something else.
         """
-        values: dict[str, Any] = json.loads(text)
+        values = parse_json(text.encode())
+        if not isinstance(values, dict):
+            raise ValueError("it is not an object")
         whole: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
         return cls(**whole)
 

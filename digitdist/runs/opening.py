@@ -15,7 +15,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from digitdist.checkpoint import Checkpoint, DamagedCheckpoint, UnreadableCheckpoint, newest_good, read
-from digitdist.config import KEYS, Config, as_dict, load_config, result_changes, save_config
+from digitdist.config import KEYS, Config, as_dict, dump_config, load_stored_config, result_changes
 from digitdist.data import Splits
 from digitdist.distributed import Plan, heartbeat_size
 from digitdist.errors import UserError, in_one_line
@@ -126,14 +126,14 @@ def _resume_or_begin(run: Run, config: Config, plan: Plan, splits: Splits, last_
 
 
 def _write_configuration(folder: Path, config: Config, splits: Splits) -> None:
-    save_config(config, folder / "config.yaml")
+    atomic_write(folder / "config.yaml", dump_config(config))
     atomic_write(folder / DATA_SET, splits.info.to_json().encode() + b"\n")
 
 
 def _mend_configuration(folder: Path, config: Config, splits: Splits) -> None:
     """Writes again how a finished run was trained, where that is damaged or missing."""
     try:
-        read_info(folder, load_config([str(folder / "config.yaml")]).data)
+        read_info(folder, load_stored_config(folder / "config.yaml").data)
     except UserError as damage:
         print_main(f"{in_one_line(damage)}: config.yaml and {DATA_SET} are made again")
         _write_configuration(folder, config, splits)
