@@ -6,6 +6,7 @@ import os
 import platform
 import secrets
 import shutil
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
@@ -31,10 +32,19 @@ from digitdist.world import print_main
 RUN_FILES = (METRICS, RESULT, PREDICTIONS, ENVIRONMENT, DATA_SET, "trace.json")
 
 
-def open_run(config: Config, plan: Plan, splits: Splits, last_step: int, launchers: list[float]) -> Run:
+Fit = Callable[[Checkpoint], tuple[Checkpoint, list[str]]]
+
+
+def keep_all(stored: Checkpoint) -> tuple[Checkpoint, list[str]]:
+    """Takes a checkpoint as it is."""
+    return stored, []
+
+
+def open_run(config: Config, plan: Plan, splits: Splits, last_step: int, launchers: list[float], fit: Fit = keep_all) -> Run:
     """Opens the run's folder on the main rank: locks it, finds what to resume, truncates the metrics to it.
 
-    `launchers` are the start times of the launchers of all ranks, by which restarted workers find their run.
+    `launchers` are the start times of the launchers of all ranks, by which restarted workers find their run. `fit` gives what
+    of a checkpoint is resumed, and lines about what is not, before a file of the run is touched.
 
     Raises:
         UserError: another training works in the folder, or the run cannot be resumed with this configuration.
@@ -44,14 +54,16 @@ def open_run(config: Config, plan: Plan, splits: Splits, last_step: int, launche
     folder = runs / (config.run.name or run_of_launchers(runs, launchers) or _name_from_time(runs))
     run = Run(folder, platform.node(), token=secrets.token_hex(8), lock=_lock(folder))
     try:
-        _resume_or_begin(run, config, plan, splits, last_step, launchers)
+        _resume_or_begin(run, config, plan, splits, last_step, launchers, fit)
     except BaseException:
         run.close()
         raise
     return run
 
 
-def _resume_or_begin(run: Run, config: Config, plan: Plan, splits: Splits, last_step: int, launchers: list[float]) -> None:
+def _resume_or_begin(
+    run: Run, config: Config, plan: Plan, splits: Splits, last_step: int, launchers: list[float], fit: Fit
+) -> None:
     folder = run.folder
     if config.checkpoint.resume == "never":
         _clear(folder)
@@ -61,6 +73,9 @@ def _resume_or_begin(run: Run, config: Config, plan: Plan, splits: Splits, last_
         run.finished = run.stored.step >= last_step and (folder / RESULT).is_file()
         if run.finished:
             return
+        run.stored, lines = fit(run.stored)
+        for line in lines:
+            print_main(line)
         for name in (RESULT, PREDICTIONS):  # of an end that is now passed
             (folder / name).unlink(missing_ok=True)
     _begin_attempt(run, plan, launchers)

@@ -17,6 +17,7 @@ from digitdist.data import Batch, Sharding
 from digitdist.errors import Fault
 from digitdist.sync.loss import TrainingLoss
 
+OF_A_RANK = "-rank-"  # in the name of a group of a checkpoint that is one rank's own
 Phase = Callable[..., None]  # begins a phase of a step, now or at the time in its second argument
 
 
@@ -139,10 +140,10 @@ def check_finite(stats: StepStats, own_losses: Sequence[Tensor], step: int) -> N
 def gather_state(name: str, own: Tensors) -> dict[str, Tensors]:
     """Each rank's `own` tensors as groups of a checkpoint. Collective: every rank must call it."""
     gathered = gather_object([{key: tensor.cpu() for key, tensor in own.items()}])
-    return {f"{name}-rank-{rank}": theirs for rank, theirs in enumerate(gathered)}
+    return {f"{name}{OF_A_RANK}{rank}": theirs for rank, theirs in enumerate(gathered)}
 
 
 def own_state(name: str, stored: dict[str, Tensors], rank: int, world_size: int) -> Tensors | None:
     """This rank's group of those that `gather_state` returned; None if there were not as many ranks as now."""
-    groups = [group for group in stored if group.startswith(f"{name}-rank-")]
-    return dict(stored[f"{name}-rank-{rank}"]) if len(groups) == world_size else None
+    groups = [group for group in stored if group.startswith(f"{name}{OF_A_RANK}")]
+    return dict(stored[f"{name}{OF_A_RANK}{rank}"]) if len(groups) == world_size else None
