@@ -129,9 +129,10 @@ def _strategy(setup: Setup, stored: Checkpoint, drop: set[str]) -> tuple[set[str
     was, sync = stored.state["config"], setup.config.sync
     of_ranks = {name for name in stored.tensors if OF_A_RANK in name}
     if was["sync.mode"] != sync.mode or was.get("sync.compress", "none") != sync.compress:
-        groups = of_ranks | ({"outer"} & stored.tensors.keys())
+        groups = of_ranks | ({"outer", "round"} & stored.tensors.keys())
         return groups, [f"what sync.mode={was['sync.mode']} keeps of its ranks is dropped"] if groups else []
     if of_ranks and stored.state["world_size"] != setup.plan.world.size:
         size = stored.state["world_size"]
-        return of_ranks, [f"what was kept of each of {size} ranks is dropped on {setup.plan.world.size}; they start as one"]
-    return (of_ranks, []) if drop & of_ranks else (set(), [])
+        return of_ranks | {"round"}, [f"what {size} ranks had each of its own is dropped on {setup.plan.world.size}"]
+    other_average = ("ema" in stored.tensors) != bool(setup.config.optim.ema)
+    return (of_ranks | {"round"}, []) if drop & of_ranks or other_average else (set(), [])

@@ -91,8 +91,9 @@ class TrainingState:
             load_state_tensors(self.optimizer, stored.tensors["optimizer"])
         if self.scaler and stored.state.get("scaler"):
             self.scaler.load_state_dict(stored.state["scaler"])
-        self.strategy.restore(stored.tensors, self.optimizer)  # after the main rank's: in local mode each rank has its own
         self.average.restore(stored.tensors, stored.step)
+        # After what is the main rank's: in local mode each rank has its own.
+        self.strategy.restore(stored.tensors, self.optimizer, self.average.networks)
         self.loss_history.restore(stored.tensors, is_main)
         self.step, self.earlier_seconds, self.best = stored.step, stored.state["train_seconds"], stored.state["best"]
 
