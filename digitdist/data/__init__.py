@@ -8,7 +8,7 @@ from digitdist.data.forms import picture_form
 from digitdist.data.info import DATA_SETS, DataSetInfo
 from digitdist.data.loaders import TrainingSampler, evaluation_loader, prepare_loader
 from digitdist.data.loading import known_info, load_splits
-from digitdist.data.loss_history import LossHistory, NullLossHistory
+from digitdist.data.loss_history import LOSS_HISTORY, LossHistory, NullLossHistory
 from digitdist.data.mnist_form import mnist_form
 from digitdist.data.order import Order
 from digitdist.data.picture import list_pictures, open_picture, read_picture
@@ -18,6 +18,7 @@ from digitdist.data.transforms import augment, black, displayable, normalise
 
 __all__ = [
     "DATA_SETS",
+    "LOSS_HISTORY",
     "AnySet",
     "Batch",
     "DataSetInfo",

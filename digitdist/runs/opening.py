@@ -9,6 +9,7 @@ import platform
 import secrets
 import shlex
 import shutil
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
@@ -38,11 +39,19 @@ from digitdist.runs.folder import DATA_SET, PREDICTIONS, RESULT, Run
 from digitdist.runs.metrics import truncate_metrics
 from digitdist.world import print_main
 
+Fit = Callable[[Checkpoint], tuple[Checkpoint, list[str]]]
 
-def open_run(config: Config, plan: Plan, splits: Splits, last_step: int, launchers: list[float]) -> Run:
+
+def keep_all(stored: Checkpoint) -> tuple[Checkpoint, list[str]]:
+    """Takes a checkpoint as it is."""
+    return stored, []
+
+
+def open_run(config: Config, plan: Plan, splits: Splits, last_step: int, launchers: list[float], fit: Fit = keep_all) -> Run:
     """Opens the run's folder on the main rank: locks it, finds what to resume, truncates the metrics to it.
 
-    `launchers` are the start times of the launchers of all ranks, by which restarted workers find their run.
+    `launchers` are the start times of the launchers of all ranks, by which restarted workers find their run. `fit` gives what
+    of a checkpoint is resumed, and lines about what is not, before a file of the run is touched.
 
     Raises:
         UserError: another training works in the folder, it cannot be written, or the run cannot be resumed with this
@@ -56,7 +65,7 @@ def open_run(config: Config, plan: Plan, splits: Splits, last_step: int, launche
         folder = runs / name if name else _make_folder_named_by_time(runs)
         lock = _lock(folder)
         run = Run(folder, platform.node(), token=secrets.token_hex(8), lock=lock)
-        _resume_or_begin(run, config, plan, splits, last_step, launchers)
+        _resume_or_begin(run, config, plan, splits, last_step, launchers, fit)
         return run
     except BaseException as error:
         if lock:  # or the folder may by now be another training's
@@ -93,7 +102,9 @@ def _lock(folder: Path) -> FileLock:
     return lock
 
 
-def _resume_or_begin(run: Run, config: Config, plan: Plan, splits: Splits, last_step: int, launchers: list[float]) -> None:
+def _resume_or_begin(
+    run: Run, config: Config, plan: Plan, splits: Splits, last_step: int, launchers: list[float], fit: Fit
+) -> None:
     """Everything that can be refused is refused before a file is touched."""
     folder, training = run.folder, _training_id(config, plan, splits)
     restarted = is_restart(folder, launchers)
@@ -102,6 +113,9 @@ def _resume_or_begin(run: Run, config: Config, plan: Plan, splits: Splits, last_
     if run.stored:
         _check_unchanged(config, plan, splits, run.stored)
         run.finished = run.stored.step >= last_step and _is_own(run) and is_finished(folder, run.stored, print_main)
+        run.stored, lines = (run.stored, []) if run.finished else fit(run.stored)
+        for line in lines:
+            print_main(line)
     move_aside(folder)
     config.run.name = folder.name
     if run.finished:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor
+from torch import Tensor, nn
 
 from digitdist.checkpoint import Checkpoint, DamagedCheckpoint, folder_name, write
 from digitdist.data import Batch, TrainingSampler, prepare_loader
@@ -67,7 +67,7 @@ class Trainer:
             Fault: the loss is not finite (no weight and no checkpoint has seen it), fp16 takes no step any more, the ranks'
                 weights differ, or the last checkpoint cannot be written.
         """
-        if self.config.sync.check_every:
+        if self.config.sync.check_every and not self.strategy.ranks_differ:
             self._check_weights()
         for batch in self.batches():
             stats = self.train_step(batch)
@@ -113,7 +113,7 @@ class Trainer:
             self.recorder.measure_gradient()
         self._update()
         stats = self.strategy.sync_round(self.average.networks, step, needs_equal, look) or stats
-        if due.check and stats and not self.strategy.in_flight:
+        if due.check and stats and not self.strategy.ranks_differ:
             self._check_weights()
         self.recorder.step()
         return stats
@@ -155,12 +155,19 @@ class Trainer:
             self.phase("data")
         return self.state.loss_history.ranking()
 
-    def _check_weights(self) -> None:
-        """Compares the weights of all ranks. Collective."""
+    def _check_weights(self, equal: Sequence[nn.Module] = ()) -> None:
+        """Compares the weights of all ranks, and all that the networks hold that have been made `equal`. Collective."""
+        if self.accelerator.num_processes == 1:
+            return
         self.phase("sync")
-        tensors: dict[str, Tensor] = dict(self.state.model.named_parameters())
-        if self.config.sync.mode == "exact":  # in ddp mode a rank's buffers are its own until they are needed
-            tensors |= dict(self.state.model.named_buffers()) | model_state(self.state.model)
+        model, *averages = equal or [self.state.model]
+        tensors: dict[str, Tensor] = dict(model.named_parameters())
+        if equal or self.config.sync.mode == "exact":  # in ddp mode a rank's buffers are its own until they are needed
+            tensors |= dict(model.named_buffers())
+        if self.config.sync.mode == "exact":
+            tensors |= model_state(model)
+        for average in averages:
+            tensors |= {f"{name} of the moving average": tensor for name, tensor in average.state_dict().items()}
         check_equal(tensors, self.step)
 
     def log(self, stats: StepStats) -> None:
@@ -175,6 +182,7 @@ class Trainer:
 
     def evaluate(self) -> bool:
         """Evaluates on held-out and test images; True where the held-out accuracy is the best so far. Collective."""
+        self.strategy.make_equal(self.average.networks, self.step)
         self.phase("eval")
         results = {split: self._evaluate(split) for split in ("validation", "test") if len(getattr(self.splits, split))}
         self.result, best = results["test"], self.state.best
@@ -186,7 +194,6 @@ class Trainer:
         return improved
 
     def _evaluate(self, split: str) -> Evaluation:
-        self.strategy.broadcast_buffers(self.average.networks)
         return evaluate(self.accelerator, self.average.eval_model, self.eval_loaders[split], self.splits.info)
 
     def save(self, last: bool) -> None:
@@ -195,8 +202,8 @@ class Trainer:
         Raises:
             Fault: a weight is not finite, or the `last` checkpoint cannot be written; an earlier one may fail.
         """
-        self.strategy.drain(self.step)
-        self.strategy.broadcast_buffers(self.average.networks)
+        self.strategy.make_equal(self.average.networks, self.step)
+        self._check_weights(self.average.networks)
         self.phase("save")
         stored = self.state.to_checkpoint()
         failure = self._write(stored) if self.is_main else None
@@ -234,6 +241,7 @@ class Trainer:
 
     def finish(self) -> None:
         """Writes predictions and result. Collective: every rank must call it."""
+        self.strategy.make_equal(self.average.networks, self.step)
         self.phase("eval")
         result = self.result or self._evaluate("test")  # where a restart finds the last step saved
         memory = gather_object([peak_memory_mb(self.accelerator.device)])
