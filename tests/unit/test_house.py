@@ -12,7 +12,19 @@ import pytest
 import digitdist
 
 ROOMS = [  # a room may import only from those above it
-    *("errors", "world", "config", "checkpoint", "model_state", "distributed", "data", "models", "optim", "model_checks"),
+    *(
+        "process_start",
+        "errors",
+        "world",
+        "config",
+        "checkpoint",
+        "model_state",
+        "distributed",
+        "data",
+        "models",
+        "optim",
+        "model_checks",
+    ),
     *("runs", "sync", "evaluate", "predict", "export", "train", "report", "bench", "__main__"),
 ]
 PACKAGE = Path(digitdist.__file__).parent
