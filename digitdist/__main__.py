@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import sys
 
+from digitdist.process_start import prepare_process
+
 COMMANDS = {
     "train": "train a network on whatever the launcher gives",
     "data": "what a data set is",
@@ -28,6 +30,7 @@ def main() -> None:
     if name not in COMMANDS:
         print(f"error: there is no command {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)
+    prepare_process()
     from digitdist.distributed import run_command  # imports torch, which --help can do without
 
     module = "digitdist.checkpoint" if name == "checkpoint" else f"digitdist.{name}.__main__"

@@ -10,7 +10,12 @@ from dataclasses import dataclass
 
 from digitdist.errors import UserError
 
-OTHER_STARTERS = (("srun", "SLURM_STEP_NUM_TASKS"), ("mpirun", "OMPI_COMM_WORLD_SIZE"), ("MPI", "PMI_SIZE"))
+OTHER_STARTERS = (
+    *(("srun", "SLURM_STEP_NUM_TASKS"), ("mpirun", "OMPI_COMM_WORLD_SIZE"), ("MPI", "PMI_SIZE")),
+    ("mpirun", "MV2_COMM_WORLD_SIZE"),
+)
+MAX_SIZE = 2**20  # more processes than anybody starts
+START = "start with torchrun or accelerate launch"
 
 
 @dataclass(frozen=True)
@@ -33,20 +38,28 @@ def read_world() -> World:
     Raises:
         UserError: the variables contradict each other, or several copies were started without them.
     """
+    for name in ("TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS"):
+        _number(name, "0")
     if "WORLD_SIZE" not in os.environ:
         _refuse_unconnected_copies()
+        for name, alone in (("RANK", "0"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")):
+            if os.environ.get(name, alone) != alone:
+                raise UserError(f"{name}={os.environ[name]!r}, but WORLD_SIZE is not set; unset {name}, or {START}")
         return World(0, 1, 0, 1)
-    size, rank = _number("WORLD_SIZE"), _number("RANK")
-    local_rank, local_size = _number("LOCAL_RANK"), _number("LOCAL_WORLD_SIZE", "WORLD_SIZE")
+    size = _number("WORLD_SIZE")
+    rank, local_rank = (_number(name, "0" if size == 1 else None) for name in ("RANK", "LOCAL_RANK"))
+    local_size = _number("LOCAL_WORLD_SIZE", str(size))
     if not (0 <= rank < size and 0 <= local_rank < local_size <= size):
         raise UserError(
             f"RANK={rank} WORLD_SIZE={size} LOCAL_RANK={local_rank} LOCAL_WORLD_SIZE={local_size} contradict each other;"
-            " start with torchrun or accelerate launch"
+            f" {START}"
         )
-    if size > 1 and not (os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")):
-        raise UserError(
-            f"WORLD_SIZE={size}, but MASTER_ADDR or MASTER_PORT is not set; start with torchrun or accelerate launch"
-        )
+    if size > MAX_SIZE:
+        raise UserError(f"WORLD_SIZE={size} is not allowed; it takes 1 to {MAX_SIZE}; {START}")
+    if size > 1 and not os.environ.get("MASTER_ADDR"):
+        raise UserError(f"WORLD_SIZE={size}, but MASTER_ADDR is not set; {START}")
+    if size > 1 and not 0 < _number("MASTER_PORT") < 2**16:
+        raise UserError(f"MASTER_PORT={os.environ['MASTER_PORT']} is not allowed; it takes 1 to 65535; {START}")
     return World(rank, size, local_rank, local_size)
 
 
@@ -66,14 +79,25 @@ def under_torchelastic() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
+def under_accelerate() -> bool:
+    """True where `accelerate launch` has started this process, or one that it has started."""
+    return "ACCELERATE_MIXED_PRECISION" in os.environ
+
+
+def several_hosts() -> bool:
+    """Whether there are ranks of other hosts, as the launcher's environment says."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    return os.environ.get("LOCAL_WORLD_SIZE", size) != size
+
+
 def restart_count() -> int:
     """How often the launcher has restarted its workers."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    return _count("TORCHELASTIC_RESTART_COUNT")
 
 
 def max_restarts() -> int:
     """How often the launcher may restart its workers."""
-    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    return _count("TORCHELASTIC_MAX_RESTARTS")
 
 
 def environment_flag(name: str) -> bool:
@@ -81,24 +105,32 @@ def environment_flag(name: str) -> bool:
     return os.environ.get(name, "").lower() in ("1", "true", "yes", "on")
 
 
+def _count(name: str) -> int:
+    text = os.environ.get(name, "0")
+    return int(text) if text.isdecimal() else 0  # `read_world` refuses it
+
+
 def _refuse_unconnected_copies() -> None:
     for starter, name in OTHER_STARTERS:
-        if os.environ.get(name, "1") != "1":
+        if os.environ.get(name, "1") not in ("", "1"):
             raise UserError(
                 f"{starter} started {os.environ[name]} copies ({name}), but WORLD_SIZE is not set, so that each would train"
                 " by itself; start one torchrun or accelerate launch per host"
             )
-    if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ:
+    if under_accelerate() and "MASTER_PORT" in os.environ:
         raise UserError(
-            "accelerate launch was asked for several processes, but starts only one on a host without GPUs;"
-            " add --multi_gpu, which starts them on CPUs too"
+            "accelerate launch was asked for several processes, but starts only one on a host without GPUs, or with --cpu;"
+            " add --multi_gpu, which starts them on CPUs too, and leave out --cpu, which Accelerate refuses beside it"
         )
 
 
-def _number(name: str, instead: str | None = None) -> int:
-    """A launcher's variable as a whole number; where it is not set, that of `instead`, or 0 in a world of one."""
-    size = os.environ["WORLD_SIZE"]
-    text = os.environ.get(name, os.environ.get(instead or "", "0" if size == "1" else ""))
-    if not text.isdecimal():
-        raise UserError(f"WORLD_SIZE={size}, but {name}={text!r} is not a whole number; start with torchrun")
-    return int(text)
+def _number(name: str, default: str | None = None) -> int:
+    """A launcher's variable, or `default` where it is not set, as a whole number."""
+    text = os.environ.get(name, default)
+    try:
+        if text is not None and text == str(int(text)) and len(text) < 20:
+            return int(text)
+    except ValueError:
+        pass
+    size = os.environ.get("WORLD_SIZE", "")[:40]
+    raise UserError(f"WORLD_SIZE={size}, but {name}={(text or '')[:40]!r} is not a whole number in plain digits; {START}")

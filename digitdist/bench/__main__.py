@@ -7,6 +7,7 @@ python -m digitdist.bench --recipes --seeds 20
 from __future__ import annotations
 
 import json
+import signal
 
 from digitdist.bench.one_process import measure_one_process
 from digitdist.bench.recipes import RECIPES, measure_recipes
@@ -21,6 +22,7 @@ from digitdist.world import is_main
 
 def main() -> None:
     """The command."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # so that what is started here ends with it
     parser = Parser(
         "python -m digitdist.bench",
         "The trainer, its evaluation and its start beside the bare loop, on this machine; and what would help.",

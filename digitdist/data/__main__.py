@@ -11,7 +11,7 @@ from digitdist.config import DataConfig, Parser, load_config
 from digitdist.data.datasets import ImageSet, Splits, spread
 from digitdist.data.loading import SAMPLE, load_splits
 from digitdist.data.transforms import displayable
-from digitdist.distributed import run_command
+from digitdist.distributed import make_expendable, run_command
 from digitdist.errors import UserError
 
 PLOTTED = 20  # classes in a picture of samples
@@ -73,6 +73,8 @@ def main() -> None:
     parser.add_config()
     parser.add_argument("--plot", metavar="FILE", help="write a picture of samples to FILE")
     arguments = parser.parse_args()
+    if arguments.plot:
+        make_expendable("stdout")  # since its product is a file
     config = load_config(arguments.config, arguments.overrides)
     splits = load_splits(config.data, config.seed)
     print(describe(config.data, splits))

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
 def loader_options(workers: int) -> dict[str, Any]:

@@ -15,10 +15,12 @@ from digitdist.distributed.device import (
 )
 from digitdist.distributed.failures import FailedRank, find_failed_rank, is_collective_failure
 from digitdist.distributed.heartbeat import LEFT, NOTICED, RAISED, Heartbeat, heartbeat_size, read_beats
+from digitdist.distributed.launcher import launcher_start_time
+from digitdist.distributed.output import make_expendable
 from digitdist.distributed.phases import PhaseTimer
 from digitdist.distributed.plan import Plan, make_plan
 from digitdist.distributed.preflight import raise_on_all_ranks, run_preflight
-from digitdist.distributed.process import launcher_start_time, run_command
+from digitdist.distributed.process import is_command, run_command
 from digitdist.distributed.quotas import cpu_quota
 from digitdist.distributed.restoring import generators_kept, process_restored
 from digitdist.distributed.shortcuts import SHORTCUTS, eager_optimizer, use_deterministic_algorithms
@@ -47,7 +49,9 @@ __all__ = [
     "generators_kept",
     "heartbeat_size",
     "is_collective_failure",
+    "is_command",
     "launcher_start_time",
+    "make_expendable",
     "make_plan",
     "num_cores",
     "peak_memory_mb",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import socket
 import warnings
@@ -19,6 +20,7 @@ from digitdist.distributed.process import note_process_group
 from digitdist.distributed.shortcuts import keep_freed_memory, use_deterministic_algorithms
 from digitdist.errors import UserError
 
+ELSEWHERE = "192.0.2.1"  # an address that no host has, by RFC 5737: the way to it is the default route
 NCCL_LONGER_S = 60.0  # than sync.timeout_s
 
 
@@ -87,12 +89,36 @@ def prepare_module(accelerator: Accelerator, module: nn.Module, data_parallel: b
 def _choose_network_interface(address: str) -> None:
     """Tells gloo the network interface by which `address` is reached, unless the user has chosen one.
 
-    gloo itself takes the interface of the host's own name, and hangs where other hosts cannot reach that.
+    gloo itself takes the interface of the host's own name, and hangs where other hosts cannot reach that, such as with Debian's
+    line ``127.0.1.1 NAME`` in ``/etc/hosts``; nor does the name of the first host lead anywhere else on that host itself.
     """
-    family, _, _, _, target = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect(target)  # sends nothing
-        own = probe.getsockname()[0]
-    for name, addresses in psutil.net_if_addrs().items():
-        if own in (entry.address for entry in addresses):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+    try:
+        addresses = [(name, entry.address) for name, entries in psutil.net_if_addrs().items() for entry in entries]
+    except (OSError, RuntimeError, psutil.Error):  # a system that does not tell
+        return
+    outer = [(name, own) for name, own in addresses if not _is_loopback(own)]
+    for target in (address, ELSEWHERE):
+        for name, own in outer:
+            if own == _source_address(target):
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+    if _is_loopback(_source_address(address)) and outer:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", outer[0][0])
+
+
+def _is_loopback(address: str) -> bool:
+    """Also for what is no address of the Internet's, such as a network card's."""
+    try:
+        return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+    except ValueError:
+        return True
+
+
+def _source_address(target: str) -> str:
+    """This host's own address on the way to `target`; none where no way is known."""
+    try:
+        family, _, _, _, to = socket.getaddrinfo(target, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(to)  # sends nothing
+            return probe.getsockname()[0]
+    except OSError:
+        return ""

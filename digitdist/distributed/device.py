@@ -70,8 +70,11 @@ def num_cores(quota: float | None) -> int:
 
 def device_name(device_type: str) -> str:
     """The maker's name for this process's device of type `device_type`."""
-    if device_type == "cpu" and Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    if device_type == "cpu":
+        try:
+            lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+        except OSError:  # another system, or one that hides it
+            lines = []
         return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
     tell = getattr(torch.get_device_module(device_type), "get_device_name", platform.machine)  # MPS and the CPU have none
     return tell()
@@ -79,14 +82,20 @@ def device_name(device_type: str) -> str:
 
 def peak_memory_mb(device: torch.device) -> dict[str, float | None]:
     """The most memory in MiB that this process has used so far: of its host, and of its device where that has its own."""
-    if sys.platform == "linux":  # where ru_maxrss starts from what the parent process used
-        status = Path("/proc/self/status").read_text()
-        host = int(status.partition("VmHWM:")[2].split()[0]) * 1024
-    else:
-        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     measure = getattr(torch.get_device_module(device), "max_memory_allocated", None)  # MPS and the CPU have none
-    used = measure(device) if measure else None
-    return {"host": round(host / 2**20, 1), "device": None if used is None else round(used / 2**20, 1)}
+    used = {"host": _host_peak_bytes(), "device": measure(device) if measure else None}
+    return {name: None if size is None else round(size / 2**20, 1) for name, size in used.items()}
+
+
+def _host_peak_bytes() -> int | None:
+    """The most memory that this process has used; None where Linux's kernel tells none, as gVisor's."""
+    if sys.platform != "linux":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    try:  # not ru_maxrss, which starts from what the parent process used
+        lines = Path("/proc/self/status").read_text(errors="replace").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    except (OSError, ValueError, IndexError, StopIteration):
+        return None
 
 
 def takes_pinned_memory(device: torch.device) -> bool:

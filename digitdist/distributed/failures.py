@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import torch.distributed as dist
 
 from digitdist.distributed.heartbeat import NOTICED, RAISED, RUNNING, Beat, Heartbeat
 
+GLOO_SOURCE = re.compile(r"\[\S*/gloo/\S+\.(cc|h):\d+\] ")  # with which gloo begins what it says
 SEARCH_S = 2.0  # in which a process that was just killed is seen as gone
 
 
@@ -25,8 +27,21 @@ class FailedRank:
 
 
 def is_collective_failure(error: BaseException) -> bool:
-    """True for the error of a collective in which another rank did not take part."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+    """True for the error of a collective in which another rank did not take part.
+
+    torch has types for the errors of NCCL and the store, and raises a plain `RuntimeError` for gloo's, which names a place in
+    gloo's sources. Either comes out of a call of torch's, or of ours, never out of a user's data set or network.
+    """
+    is_gloos = type(error) is RuntimeError and GLOO_SOURCE.search(str(error)) is not None
+    return (is_gloos or isinstance(error, dist.DistError)) and _is_raised_here(error)
+
+
+def _is_raised_here(error: BaseException) -> bool:
+    """Whether the last Python function that an error comes from is one of torch's or of this package."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").split(".")[0] in ("torch", "digitdist")
 
 
 def has_failed(beat: Beat) -> bool:
@@ -70,12 +85,14 @@ def _is_gone(pid: int) -> bool:
         return psutil.Process(pid).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
     except psutil.NoSuchProcess:
         return True
+    except (psutil.Error, OSError, ValueError):  # a system that does not tell
+        return False
 
 
 def _is_frozen(pid: int) -> bool:
     try:
         return psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
-    except psutil.NoSuchProcess:
+    except (psutil.Error, OSError, ValueError):
         return False
 
 

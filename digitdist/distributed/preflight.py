@@ -20,10 +20,15 @@ import torch.distributed as dist
 from digitdist.errors import UserError
 from digitdist.world import World, read_world, restart_count, under_torchelastic
 
+MOST_NAMED = 16  # ranks in one line
 REFUSAL_TIMEOUT_S = 60.0  # for the other ranks to hear of a mistake
 
 _calls = itertools.count()  # a program may train several times in the same processes
 _stores: list[dist.Store] = []  # kept as long as this process lives: the process group meets in the same store
+
+
+class NoAnswer(UserError):
+    """Rank 0 cannot be reached."""
 
 
 def run_preflight(world: World, fingerprint: dict[str, str], timeout_s: float, mistakes: Sequence[str] = ()) -> None:
@@ -49,7 +54,7 @@ def run_preflight(world: World, fingerprint: dict[str, str], timeout_s: float, m
         store.wait(["verdict"], limit + timedelta(seconds=10))
         verdict = store.get("verdict").decode()
     except dist.DistError as error:
-        raise UserError(_no_answer(world, address, timeout_s, serves, error)) from None
+        raise NoAnswer(_no_answer(world, address, timeout_s, serves, error)) from None
     if verdict:
         _await_readers(store, world)
         raise UserError(*verdict.split("\n"))
@@ -63,7 +68,8 @@ def raise_on_all_ranks(error: UserError) -> NoReturn:
         world = read_world()
     except UserError:
         raise error from None  # which says so
-    run_preflight(world, {}, REFUSAL_TIMEOUT_S, error.mistakes)
+    with contextlib.suppress(NoAnswer):  # which is no news beside its own mistake
+        run_preflight(world, {}, REFUSAL_TIMEOUT_S, error.mistakes)
     raise error
 
 
@@ -122,8 +128,9 @@ def _missing_ranks(hosts: dict[int, str], world: World, timeout_s: float) -> str
     missing = [rank for rank in range(world.size) if rank not in hosts]
     names = [f"rank {rank}" + (f" (of host {rank // world.local_size})" if world.several_hosts else "") for rank in missing]
     present = ", ".join(f"rank {rank} on {host}" for rank, host in sorted(hosts.items()))
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
     return (
-        f"{', '.join(names)} has not come within sync.join_timeout_s={timeout_s:g}; present: {present}:"
+        f"{', '.join(names[:MOST_NAMED])}{more} has not come within sync.join_timeout_s={timeout_s:g}; present: {present}:"
         " check that the missing ones were started and can reach MASTER_ADDR and MASTER_PORT"
     )
 

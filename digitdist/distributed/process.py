@@ -3,44 +3,45 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable
-from pathlib import PurePath
 from typing import NoReturn
 
-import psutil
-
+from digitdist.distributed.launcher import end_restarting_launcher, follow_launcher
+from digitdist.distributed.output import make_expendable, take_all_characters
 from digitdist.errors import EXIT_FAULT, EXIT_STOPPED, EXIT_USER_ERROR, Fault, PeerFailed, Stopped, UserError
-from digitdist.world import is_main, max_restarts, print_main, restart_count, under_torchelastic
+from digitdist.world import is_main, print_main, under_torchelastic
 
 REPORT_GRACE_S = 30.0  # in which another rank of this host may report an error, and the launcher end this one
-LAUNCHERS = ("torchrun", "accelerate", "accelerate-launch")  # as programs
-LAUNCHER_MODULES = ("torch.distributed.", "accelerate.commands.")  # as in python -m
 
 _is_command = _had_process_group = False
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:
-    """Runs a command and ends the process with the exit code of its outcome."""
+    """Runs a command and ends the process with the exit code of its outcome.
+
+    A closed pipe ends it with 0, unless `main` has made the output expendable: then printing is its only product.
+    """
     global _is_command
     _is_command = True
-    _die_with_launcher()
+    take_all_characters()
+    make_expendable("stderr")
+    follow_launcher()
     code = 0
     try:
         main()
     except UserError as error:
         _report_once_a_host(f"error: {error}")
-        _end_launcher()
+        end_restarting_launcher()
         code = EXIT_USER_ERROR
     except Stopped as stop:
         print_main(str(stop))
         if stop.final:
-            _end_launcher()
+            end_restarting_launcher()
         code = EXIT_STOPPED
     except PeerFailed:
         code = EXIT_FAULT
@@ -68,6 +69,11 @@ def leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
+def is_command() -> bool:
+    """Whether this process is one of the commands, and ends with it."""
+    return _is_command
+
+
 def end_process(code: int) -> None:
     """Ends this process from any thread, whatever its main thread waits for; not a program, such as a notebook, that trains on
     one process and may have other things to do."""
@@ -88,20 +94,9 @@ def note_process_group() -> None:
     _had_process_group = True
 
 
-def launcher_start_time() -> float | None:
-    """When this process's launcher was started, in seconds since 1970: the same after a restart.
-
-    None without a launcher, and for a program, such as a notebook, that launches trainings of its own and restarts none.
-    """
-    if not under_torchelastic():
-        return None
-    parent = psutil.Process(os.getppid())
-    return parent.create_time() if max_restarts() or _is_launcher(parent) else None
-
-
 def _report_once_a_host(text: str) -> None:
-    """Prints an error on local rank 0; on the others if the launcher has not ended them after a while."""
-    if os.environ.get("LOCAL_RANK", "0") != "0":
+    """Prints an error on local rank 0; on torchrun's others if that has not ended them after a while."""
+    if under_torchelastic() and os.environ.get("LOCAL_RANK", "0") != "0":
         _wait_for_launcher()
     print(text, file=sys.stderr, flush=True)
 
@@ -110,27 +105,3 @@ def _wait_for_launcher() -> None:
     """Gives a slower rank time to report: the launcher ends all ranks as soon as one has ended."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(REPORT_GRACE_S)
-
-
-def _end_launcher() -> None:
-    """Ends a launcher that would start the workers again, which neither mends a mistake nor is wanted after a stop."""
-    if not under_torchelastic() or restart_count() >= max_restarts():
-        return
-    parent = psutil.Process(os.getppid())
-    if _is_launcher(parent):
-        parent.terminate()
-
-
-def _is_launcher(process: psutil.Process) -> bool:
-    """Whether it is a launcher, and not somebody's own program."""
-    return any(PurePath(word).name in LAUNCHERS or word.startswith(LAUNCHER_MODULES) for word in process.cmdline())
-
-
-def _die_with_launcher() -> None:
-    """Has Linux kill this process when its launcher dies: torchrun gives its workers sessions of their own, in which they
-    would train on unseen and hold the run's lock."""
-    if sys.platform == "linux" and under_torchelastic():
-        parent, set_parent_death_signal = os.getppid(), 1  # linux/prctl.h
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-        if os.getppid() != parent:
-            sys.exit(EXIT_FAULT)

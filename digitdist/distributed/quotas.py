@@ -19,12 +19,14 @@ def _groups(root: Path) -> Iterator[Path]:
     """The folders of this process's groups that may limit CPUs, and of all groups above them."""
     own, mounts = _lines(root / "proc/self/cgroup"), _lines(root / "proc/self/mountinfo")
     for line in own:  # hierarchy:controllers:path, without controllers in version 2
-        _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
+        if not path or (controllers and "cpu" not in controllers.split(",")):
             continue
         for mount in mounts:  # … root, mount point, … - type, source, options
             before, _, after = mount.partition(" - ")
-            kind, _, options = after.split(" ", 2)
+            kind, _, options = [*after.split(" ", 2), "", ""][:3]
+            if before.count(" ") < 4:
+                continue  # not as Linux writes it
             if (kind == "cgroup" and controllers and "cpu" in options.split(",")) or (kind == "cgroup2" and not controllers):
                 yield from _up(root, path, *before.split(" ")[3:5])
 
@@ -46,14 +48,14 @@ def _quota(folder: Path) -> float | None:
     values = " ".join(_lines(folder / "cpu.max")).split()  # version 2
     if not values:
         values = _lines(folder / "cpu.cfs_quota_us") + _lines(folder / "cpu.cfs_period_us")
-    if len(values) != 2 or values[0] in ("max", "-1"):
-        return None
+    if len(values) != 2 or not all(value.isdecimal() and int(value) for value in values):
+        return None  # "max" or -1: there is none
     return int(values[0]) / int(values[1])
 
 
 def _lines(file: Path) -> list[str]:
     """The lines of a file; none where it cannot be read."""
     try:
-        return file.read_text().splitlines()
+        return file.read_text(errors="replace").splitlines()
     except OSError:
         return []

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
+from digitdist.distributed.output import make_expendable
 from digitdist.distributed.shortcuts import use_deterministic_algorithms
 from digitdist.distributed.signals import SIGNALS
 
@@ -36,15 +37,16 @@ def generators_kept() -> Iterator[None]:
 @contextlib.contextmanager
 def process_restored(command: list[str]) -> Iterator[None]:
     """Puts back, however the block ends: environment, signal handlers, warning filters, random generators, torch's threads
-    and switches, and Accelerate's state. Inside the block Accelerate and the switches are as in a new process, and `sys.argv`,
-    which a run records, is `command`.
+    and switches, and Accelerate's state. Inside the block Accelerate and the switches are as in a new process, what is printed
+    is expendable, and `sys.argv`, which a run records, is `command`.
 
     A process that goes on can then train with other settings.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         stack.enter_context(generators_kept())
-        stack.callback(setattr, sys, "argv", sys.argv)
+        for name in ("argv", "stdout", "stderr"):
+            stack.callback(setattr, sys, name, getattr(sys, name))
         stack.callback(_restore_environment, dict(os.environ))
         if threading.current_thread() is threading.main_thread():  # which alone may set handlers
             for number in SIGNALS:
@@ -55,6 +57,7 @@ def process_restored(command: list[str]) -> Iterator[None]:
             stack.callback(_refill, kind._shared_state, dict(kind._shared_state))
             kind._shared_state.clear()
         sys.argv = command
+        make_expendable("stderr", "stdout")
         yield
 
 

@@ -11,17 +11,18 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
+from digitdist.distributed.launcher import launcher_has_ended
 from digitdist.distributed.process import end_process
-from digitdist.world import is_main, print_main
+from digitdist.world import is_main, print_main, under_torchelastic
 
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP]
 LOOK_EVERY_S = 0.5
 SAME_INTERRUPT_S = 0.5  # a launcher passes a terminal's ^C on to processes that have had it from the terminal already
 INTERRUPT_S = 1.0  # in which the main thread takes a second ^C, unless it waits in C++
 
 
 class StopRequest:
-    """SIGTERM, SIGINT and SIGUSR1 as a flag that the trainer reads; a second SIGINT raises `KeyboardInterrupt`.
+    """Each of `SIGNALS` as a flag that the trainer reads; a second SIGINT raises `KeyboardInterrupt`.
 
     A thread hears them, since Python runs no signal handler while the main thread waits in C++, as for a GPU; it ends the
     process itself where that wait outlasts a second SIGINT. `report` prints a line on the main rank; any thread may call it.
@@ -43,7 +44,8 @@ class StopRequest:
         self._writer.setblocking(False)
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         for number in SIGNALS:
-            signal.signal(number, self._handle)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # which is what nohup does
+                signal.signal(number, self._handle)
         threading.Thread(target=self._hear, args=[reader], name="signals", daemon=True).start()
 
     def close(self) -> None:
@@ -70,14 +72,14 @@ class StopRequest:
 
     def _hear(self, reader: socket.socket) -> None:
         """The thread: reads the numbers of signals, a byte each, as they arrive."""
-        first_s, ended = 0.0, False
+        first, first_s, ended = 0, 0.0, False
         while received := reader.recv(1):
             number, now = received[0], time.monotonic()
-            if number in SIGNALS and not first_s:
-                self.requested, first_s = True, now
+            if number in SIGNALS and not first:
+                self.requested, first, first_s = True, number, now
                 again = "; ^C again ends the run at once" if number == signal.SIGINT else ""
                 self.report(f"{signal.Signals(number).name}: asked to stop after this step{again}")
-            elif number == signal.SIGINT and now - first_s > SAME_INTERRUPT_S and not ended:
+            elif not ended and ((number == signal.SIGINT and now - first_s > SAME_INTERRUPT_S) or _is_end_of_torchrun(first)):
                 ended = True
                 self._interrupt()
         reader.close()
@@ -88,3 +90,8 @@ class StopRequest:
         time.sleep(INTERRUPT_S)
         if self._interrupted:
             end_process(128 + signal.SIGINT)
+
+
+def _is_end_of_torchrun(first: int) -> bool:
+    """Whether torchrun has ended after a first ^C, which it passes on: after a second one, which it does not."""
+    return first == signal.SIGINT and under_torchelastic() and launcher_has_ended()

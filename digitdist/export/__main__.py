@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from digitdist.config import Parser
-from digitdist.distributed import run_command
+from digitdist.distributed import make_expendable, run_command
 from digitdist.errors import UserError
 from digitdist.export.formats import FORMATS
 from digitdist.export.parity import export
@@ -40,6 +40,7 @@ def check_possible(form: str, file: Path) -> None:
 
 def main() -> None:
     """The command."""
+    make_expendable("stdout")  # since its product is a file
     parser = Parser(
         "python -m digitdist.export",
         "A run's model as one file, from raw images to probabilities, and a parity check against the run.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from digitdist.config import Parser
-from digitdist.distributed import run_command
+from digitdist.distributed import make_expendable, run_command
 from digitdist.errors import UserError
 from digitdist.report.comparison import write_comparison
 from digitdist.report.run_page import write_report
@@ -14,6 +14,7 @@ from digitdist.runs import find_run, sync_wandb
 
 def main() -> None:
     """The command."""
+    make_expendable("stdout")  # since its product is a file
     parser = Parser(
         "python -m digitdist.report",
         "Plots and one HTML page of each run, and of several runs a page that compares them.",

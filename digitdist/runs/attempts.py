@@ -73,13 +73,15 @@ def write_attempts(folder: Path, attempts: list[Attempt]) -> None:
 def record_end(folder: Path, **how: Any) -> None:
     """Records how the last attempt of a run ended: ``stopped=True`` or ``fault="…"``; the first fault counts.
 
-    Raises:
-        OSError: the disk is full, or writing fails.
+    A file that cannot be written, as on a full disk, is one line: it must not hide how the run has ended.
     """
-    attempts = read_attempts(folder)
-    if attempts and not ("fault" in how and "fault" in attempts[-1]):
-        attempts[-1] |= how
-        write_attempts(folder, attempts)
+    try:
+        attempts = read_attempts(folder)
+        if attempts and not ("fault" in how and "fault" in attempts[-1]):
+            attempts[-1] |= how
+            write_attempts(folder, attempts)
+    except OSError as error:
+        print(f"{folder / ENVIRONMENT}: how this attempt ended is not recorded ({error.strerror})", file=sys.stderr, flush=True)
 
 
 def take_in_heartbeats(folder: Path, attempts: list[Attempt]) -> None:

@@ -24,7 +24,9 @@ from digitdist.distributed import (
     StopRequest,
     find_failed_rank,
     is_collective_failure,
+    is_command,
     launcher_start_time,
+    make_expendable,
     process_restored,
     raise_on_all_ranks,
     run_on_main,
@@ -41,7 +43,11 @@ from digitdist.world import is_main, print_main
 
 
 def main() -> None:
-    """The command. Collective: every rank must call it."""
+    """The command; a process that calls it and goes on is left as it was. Collective: every rank must call it."""
+    if not is_command():
+        train(sys.argv[1:])
+        return
+    make_expendable("stdout")
     run_training(sys.argv[1:], contextlib.ExitStack())  # which is never closed: all ends with this process
 
 
@@ -130,9 +136,9 @@ def failures_named(heartbeat: Heartbeat, run: Run, timeout_s: float) -> Iterator
 
     def report(failed: FailedRank) -> None:
         if failed.reported_here:
-            record_end(run.folder, fault=failed.description)
             line = f"fault: {failed.description}; the run ends; to resume it, {run.resuming}"
-            print(line, file=sys.stderr, flush=True)
+            print(line, file=sys.stderr, flush=True)  # first: the disk may be full
+            record_end(run.folder, fault=failed.description)
 
     watch = PeerWatch(heartbeat, timeout_s, report)
     watch.start()

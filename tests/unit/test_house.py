@@ -12,6 +12,7 @@ import pytest
 import digitdist
 
 ROOMS = [  # a room may import only from those above it
+    "process_start",
     *("errors", "files", "world", "config", "checkpoint", "model_state", "distributed", "data", "models", "optim"),
     *("model_checks", "runs", "sync", "evaluate", "predict", "export", "train", "report", "bench", "__main__"),
 ]

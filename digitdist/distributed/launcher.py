@@ -1,0 +1,90 @@
+"""What has started this process: a launcher, with which it ends, or somebody's shell or program, without which it goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import PurePath
+from typing import NoReturn
+
+import psutil
+
+from digitdist.errors import EXIT_FAULT
+from digitdist.process_start import PARENT
+from digitdist.world import max_restarts, restart_count, several_hosts, under_accelerate, under_torchelastic
+
+LAUNCHERS = ("torchrun", "accelerate", "accelerate-launch", "mpirun", "mpiexec", "wandb")  # as programs; `wandb agent`
+LAUNCHER_MODULES = ("torch.distributed.", "accelerate.commands.")  # as in python -m
+DAEMONS = ("slurmstepd", "orted", "prted", "hydra_pmi_proxy")  # of srun and of MPI's launchers, by the names of processes
+LOOK_EVERY_S = 0.5
+END_GRACE_S = 120.0  # for the step that is going on, and its checkpoint, once the launcher has ended
+
+
+def launcher_start_time() -> float | None:
+    """When this process's launcher was started, in seconds since 1970: the same after a restart.
+
+    None without a launcher, for a program, such as a notebook, that launches trainings of its own and restarts none, and where
+    the system does not tell.
+    """
+    if not under_torchelastic():
+        return None
+    try:
+        return psutil.Process(os.getppid()).create_time() if max_restarts() or is_launcher(os.getppid()) else None
+    except _UNKNOWN:
+        return None
+
+
+def follow_launcher() -> None:
+    """Has this process end with its launcher: with a checkpoint, as if it were asked to by SIGTERM.
+
+    torchrun gives its workers sessions of their own, and `accelerate launch` passes no signal on to a single process: a
+    training would go on unseen, and hold the run's lock. On several hosts it ends at once, as with a host that is lost, since
+    the others are to go on from the last checkpoint.
+    """
+    if under_torchelastic() or is_launcher(PARENT) or (os.getppid() != PARENT and under_accelerate()):
+        threading.Thread(target=_end_after_launcher, name="launcher", daemon=True).start()
+
+
+def launcher_has_ended() -> bool:
+    return os.getppid() != PARENT
+
+
+def end_restarting_launcher() -> None:
+    """Ends a launcher that would start the workers again, which neither mends a mistake nor is wanted after a stop."""
+    if under_torchelastic() and restart_count() < max_restarts() and is_launcher(os.getppid()):
+        os.kill(os.getppid(), signal.SIGTERM)
+
+
+def is_launcher(pid: int) -> bool:
+    """Whether this process is a launcher, and not a shell or somebody's own program; False where the system does not tell."""
+    try:
+        process = psutil.Process(pid)
+        if process.name().split(":")[0] in DAEMONS:
+            return True
+        return any(PurePath(word).name in LAUNCHERS or word.startswith(LAUNCHER_MODULES) for word in process.cmdline()[:4])
+    except _UNKNOWN:
+        return False
+
+
+def launch_arguments() -> list[str] | None:
+    """The command line of the `accelerate launch` that has started this process; None if another program has."""
+    try:
+        words = psutil.Process(os.getppid()).cmdline() if under_accelerate() else []
+    except _UNKNOWN:
+        return None
+    return words if any(PurePath(word).name.startswith("accelerate") for word in words[:4]) else None
+
+
+def _end_after_launcher() -> NoReturn:
+    while not launcher_has_ended():
+        time.sleep(LOOK_EVERY_S)
+    if not several_hosts():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(END_GRACE_S)
+    os._exit(EXIT_FAULT)
+
+
+# What psutil raises where a process is gone, hidden, or described otherwise than Linux does.
+_UNKNOWN = (psutil.Error, OSError, RuntimeError, ValueError, IndexError)
