@@ -7,7 +7,16 @@ from digitdist.config.checks import nearest_folder
 from digitdist.config.command_line import Parser
 from digitdist.config.keys import KEYS, as_dict, describe_keys, result_changes
 from digitdist.config.reading import load_config, read_config, save_config, shipped_configs
-from digitdist.config.schema import AugmentConfig, Config, DataConfig, ModelConfig, OptimConfig, ScheduleConfig, SyncConfig
+from digitdist.config.schema import (
+    AugmentConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    ScheduleConfig,
+    SyncConfig,
+    TrackingConfig,
+)
 from digitdist.config.targets import import_target
 
 __all__ = [
@@ -20,6 +29,7 @@ __all__ = [
     "Parser",
     "ScheduleConfig",
     "SyncConfig",
+    "TrackingConfig",
     "as_dict",
     "describe_keys",
     "import_target",

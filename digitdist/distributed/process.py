@@ -23,6 +23,7 @@ LAUNCHERS = ("torchrun", "accelerate", "accelerate-launch")  # as programs
 LAUNCHER_MODULES = ("torch.distributed.", "accelerate.commands.")  # as in python -m
 
 _is_command = _had_process_group = False
+_last_acts: list[Callable[[], None]] = []
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:
@@ -62,6 +63,8 @@ def leave(code: int) -> NoReturn:
     """
     _flush()
     if _had_process_group:
+        for act in _last_acts:
+            act()
         os._exit(code)
     sys.exit(code)
 
@@ -78,6 +81,11 @@ def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # nobody reads it any more
             stream.flush()
+
+
+def before_leaving(act: Callable[[], None]) -> None:
+    """Has `leave` call `act`, which must not raise, where it passes by the exit handlers."""
+    _last_acts.append(act)
 
 
 def note_process_group() -> None:

@@ -88,13 +88,13 @@ class Recorder:
         if self.is_main:
             self.run.stop_file.unlink(missing_ok=True)
             record_end(self.run.folder, stopped=True)
-            self.tracker.finish({})
+            self.tracker.stop()
 
     def close(self) -> None:
         """Ends bar, profile and tracking of a training that has failed or was stopped, in a process that goes on."""
         self.display.close()
         self._end_profile()
-        self.tracker.finish({})
+        self.tracker.close()
 
     def finish(self, result: Evaluation, test: AnySet, memory: list[dict[str, float | None]]) -> None:
         """Writes predictions and result, and shows them; `memory` is the peak memory of each rank."""
