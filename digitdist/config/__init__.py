@@ -15,7 +15,16 @@ from digitdist.config.reading import (
     shipped_configs,
     stored_values,
 )
-from digitdist.config.schema import AugmentConfig, Config, DataConfig, ModelConfig, OptimConfig, ScheduleConfig, SyncConfig
+from digitdist.config.schema import (
+    AugmentConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    ScheduleConfig,
+    SyncConfig,
+    TrackingConfig,
+)
 from digitdist.config.targets import import_target
 
 __all__ = [
@@ -28,6 +37,7 @@ __all__ = [
     "Parser",
     "ScheduleConfig",
     "SyncConfig",
+    "TrackingConfig",
     "as_dict",
     "describe_keys",
     "dump_config",

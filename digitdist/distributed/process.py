@@ -19,6 +19,7 @@ from digitdist.world import is_main, print_main, under_torchelastic
 REPORT_GRACE_S = 30.0  # in which another rank of this host may report an error, and the launcher end this one
 
 _is_command = _had_process_group = False
+_last_acts: list[Callable[[], None]] = []
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:
@@ -65,6 +66,8 @@ def leave(code: int) -> NoReturn:
     """
     _flush()
     if _had_process_group:
+        for act in _last_acts:
+            act()
         os._exit(code)
     sys.exit(code)
 
@@ -86,6 +89,11 @@ def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # nobody reads it any more
             stream.flush()
+
+
+def before_leaving(act: Callable[[], None]) -> None:
+    """Has `leave` call `act`, which must not raise, where it passes by the exit handlers."""
+    _last_acts.append(act)
 
 
 def note_process_group() -> None:

@@ -12,6 +12,7 @@ from digitdist.runs.opening import open_run
 from digitdist.runs.tracker import Tracker, start_tracker
 from digitdist.runs.wandb_media import Media, confusion_chart, image_table
 from digitdist.runs.wandb_server import has_wandb_key
+from digitdist.runs.wandb_settings import wandb_mistakes
 from digitdist.runs.wandb_sync import sync_wandb
 
 __all__ = [
@@ -37,4 +38,5 @@ __all__ = [
     "record_end",
     "start_tracker",
     "sync_wandb",
+    "wandb_mistakes",
 ]

@@ -13,6 +13,7 @@ from digitdist.runs.folder import Run
 from digitdist.runs.metrics import MetricsLog
 from digitdist.runs.wandb_media import NO_MEDIA, Media
 from digitdist.runs.wandb_run import WandbRun
+from digitdist.runs.wandb_settings import chosen_mode, init_options
 from digitdist.world import is_main
 
 
@@ -22,8 +23,14 @@ class Tracker(Protocol):
     def log(self, values: Mapping[str, float], step: int, epoch: float, media: Mapping[str, Media] = NO_MEDIA) -> None:
         """Records one event; `media` go to W&B alone."""
 
-    def finish(self, summary: Mapping[str, Any], media: Mapping[str, Media] = NO_MEDIA, weights: Path | None = None) -> None:
-        """Ends the tracking; the file `weights` becomes an artifact of W&B's."""
+    def finish(self, result: Mapping[str, Any], media: Mapping[str, Media] = NO_MEDIA, weights: Path | None = None) -> None:
+        """Ends the tracking of a training that has a result; the file `weights` becomes an artifact of W&B's."""
+
+    def stop(self) -> None:
+        """Ends the tracking of a training that was asked to stop, and goes on later."""
+
+    def close(self) -> None:
+        """Ends the tracking of a training that has failed; nothing where it has ended."""
 
 
 class NullTracker:
@@ -32,7 +39,13 @@ class NullTracker:
     def log(self, values: Mapping[str, float], step: int, epoch: float, media: Mapping[str, Media] = NO_MEDIA) -> None:
         pass
 
-    def finish(self, summary: Mapping[str, Any], media: Mapping[str, Media] = NO_MEDIA, weights: Path | None = None) -> None:
+    def finish(self, result: Mapping[str, Any], media: Mapping[str, Media] = NO_MEDIA, weights: Path | None = None) -> None:
+        pass
+
+    def stop(self) -> None:
+        pass
+
+    def close(self) -> None:
         pass
 
 
@@ -48,20 +61,29 @@ class RunTracker:
         if self._wandb:
             self._wandb.log(event, step, media)
 
-    def finish(self, summary: Mapping[str, Any], media: Mapping[str, Media] = NO_MEDIA, weights: Path | None = None) -> None:
+    def finish(self, result: Mapping[str, Any], media: Mapping[str, Media] = NO_MEDIA, weights: Path | None = None) -> None:
+        self._end(lambda wandb: wandb.finish(result, media, weights))
+
+    def stop(self) -> None:
+        self._end(WandbRun.stop)
+
+    def close(self) -> None:
+        self._end(WandbRun.close)
+
+    def _end(self, how: Callable[[WandbRun], None]) -> None:
         self._metrics.close()
-        if self._wandb:
-            self._wandb.finish(summary, media, weights)
-            self._wandb = None  # a second call has nothing to end
+        wandb, self._wandb = self._wandb, None  # a second call has nothing to end
+        if wandb:
+            how(wandb)
 
 
 def start_tracker(run: Run, config: Config, report: Callable[[str], None]) -> Tracker:
     """The tracker of a training in `run`; `report` prints a line."""
     if not is_main():
         return NullTracker()
-    if config.tracking.wandb == "disabled":
+    wanted = config.tracking.wandb
+    if wanted == "disabled" or (wanted == "auto" and chosen_mode()[0] == "disabled"):
         return RunTracker(run.folder, None, report)
-    options = {name: getattr(config.tracking, name) for name in ("project", "entity", "group", "tags", "notes")}
-    options["name"] = config.tracking.name or run.folder.name
+    options = init_options(config.tracking, run.folder.name)
     options["config"] = as_dict(config) | {"environment": read_attempts(run.folder)[-1]}
-    return RunTracker(run.folder, WandbRun(config.tracking.wandb, run.folder, run.wandb_id, options, report), report)
+    return RunTracker(run.folder, WandbRun(wanted, run.folder, run.wandb_id, options, report), report)

@@ -10,6 +10,7 @@ import urllib.request
 from urllib.parse import urlparse
 
 from digitdist.errors import in_one_line
+from digitdist.runs.wandb_settings import chosen_mode, wandb_setting
 
 PROBE_TIMEOUT_S = 3.0  # for one HTTP answer of the server
 
@@ -17,12 +18,13 @@ PROBE_TIMEOUT_S = 3.0  # for one HTTP answer of the server
 def wandb_mode(requested: str) -> tuple[str, str | None]:
     """How W&B is used, ``online``, ``offline`` or ``disabled``, and why it is not online where it was meant to be.
 
-    ``auto`` follows WANDB_MODE where that says ``offline`` or ``disabled``.
+    ``auto`` follows WANDB_MODE and wandb's settings files.
     """
-    if requested == "auto" and os.environ.get("WANDB_MODE") in ("offline", "disabled"):
-        requested = os.environ["WANDB_MODE"]
+    reason = None
+    if requested == "auto":
+        requested, reason = chosen_mode()
     if requested in ("offline", "disabled"):
-        return requested, None
+        return requested, reason
     reason = why_offline()
     return ("offline", reason) if reason else ("online", None)
 
@@ -46,7 +48,7 @@ def has_wandb_key() -> bool:
 
 
 def _base_url() -> str:
-    return os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
+    return wandb_setting("base_url") or "https://api.wandb.ai"
 
 
 def _unreachable() -> str | None:

@@ -1,30 +1,153 @@
-"""Sends the offline W&B runs of a run's folder."""
+"""Sends to W&B what it has not got of a run, from what the run's folder holds."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from collections.abc import Callable
+import contextlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+from filelock import FileLock, Timeout
+
+from digitdist.checkpoint import folder_name
 from digitdist.errors import UserError, in_one_line
+from digitdist.runs.attempts import read_attempts
+from digitdist.runs.folder import RESULT
+from digitdist.runs.wandb_record import read_options, stored_rows
 from digitdist.runs.wandb_server import why_offline
+from digitdist.runs.wandb_session import Session, prepare_environment
+
+ACKNOWLEDGE_TIMEOUT_S = 20.0  # until the server shows what it was sent
+API_TIMEOUT_S = 10  # for one of its answers
+SETTINGS = {
+    "init_timeout": 30.0,
+    "finish_timeout": 600.0,
+    "x_disable_stats": True,
+    "x_disable_meta": True,
+    "disable_git": True,  # those of this process are not the run's
+}
 
 
 def sync_wandb(folder: Path, report: Callable[[str], None]) -> None:
-    """Sends what a run's folder holds for W&B by ``wandb sync``; the segments of one run become one run there.
+    """Sends what W&B has not got of the run in `folder`: steps, charts, tables, result, weights. It can be repeated.
 
     Raises:
-        UserError: there is nothing to send, no key or no server, or it fails.
+        UserError: there is nothing to send, the run is being trained, there is no key or no server, or the server does not
+            show afterwards that it has all of it.
     """
-    segments = sorted((folder / "wandb").glob("offline-run-*"))
-    if not segments:
-        raise UserError(f"{folder}: there is no offline W&B run to send; train with tracking.wandb=offline or auto")
+    options = read_options(folder)
+    if options is None:
+        older = sorted((folder / "wandb").glob("offline-run-*"))
+        advice = f"an earlier version made {older[0]}: wandb sync it" if older else "train with tracking.wandb=offline or auto"
+        raise UserError(f"{folder}: there is no offline W&B run to send; {advice}")
     reason = why_offline()
     if reason:
         raise UserError(f"{folder} cannot be sent to W&B: {reason}")
-    command = [sys.executable, "-m", "wandb", "sync", *map(str, segments)]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.returncode:
-        raise UserError(f"{folder} cannot be sent to W&B: {in_one_line(done.stdout)}")
-    report(f"{folder}: {len(segments)} segment{'s' if len(segments) > 1 else ''} of its W&B run sent")
+    with _not_training(folder), _own_environment() as place:
+        import wandb
+
+        try:
+            report(f"{folder}: {_send(wandb, folder, place, options)}")
+        except UserError:
+            raise
+        except Exception as error:  # wandb raises all kinds
+            raise UserError(f"{folder} cannot be sent to W&B: {in_one_line(error)}; nothing is lost, send it again") from None
+        finally:
+            with contextlib.suppress(Exception):  # as where its own process has ended
+                wandb.teardown()
+
+
+@contextlib.contextmanager
+def _not_training(folder: Path) -> Iterator[None]:
+    """Keeps a training out of the run, which would send to the same run of W&B's.
+
+    Raises:
+        UserError: one works in it.
+    """
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"{folder} is being trained, and is not sent to W&B now; send it when the training has ended") from None
+    except OSError:  # a folder that cannot be written: nobody trains in it
+        pass
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def _own_environment() -> Iterator[Path]:
+    """Has wandb work in a temporary folder, which it gives, and puts the environment back."""
+    before = dict(os.environ)
+    try:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:
+            os.environ |= {"WANDB_DIR": place, "WANDB_DATA_DIR": place}
+            prepare_environment(Path(place), "online")
+            yield Path(place)
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _send(wandb: Any, folder: Path, place: Path, options: Mapping[str, Any]) -> str:
+    """Sends the run, and returns what was sent.
+
+    Raises:
+        UserError: the server does not show that it has it.
+    """
+    rows, result = stored_rows(folder), _read_result(folder)
+    attempts = read_attempts(folder)
+    stopped = not result and bool(attempts) and bool(attempts[-1].get("stopped"))
+    weights, lost = _weights_file(folder, options.get("config") or {}, result)
+    session = Session(wandb, place, "online", options, SETTINGS)
+    path, url = session.run.path, session.run.url
+    session.replay(rows)
+    session.finish(result, weights, stopped)
+    sent_files = {str(file.relative_to(session.files)) for file in session.files.glob("media/**/*") if file.is_file()}
+    expected = (max(rows, default=-1), result.get("weights_sha256"), sent_files)
+    deadline = time.monotonic() + ACKNOWLEDGE_TIMEOUT_S
+    while missing := _missing(wandb, path, *expected):
+        if time.monotonic() > deadline:
+            raise UserError(f"{folder} is not all at W&B: {missing}; nothing is lost, send it again")
+        time.sleep(1)
+    parts = [f"{session.num_rows} of {len(rows)} steps", f"{session.num_media} charts and tables"]
+    parts += ["the result"] * bool(result) + ["the weights"] * bool(weights)
+    return f"sent {', '.join(parts)}; W&B has every step{f' ({lost})' if lost else ''}: {url}"
+
+
+def _missing(wandb: Any, path: str, last_step: int, weights_sha256: str | None, files: set[str]) -> str | None:
+    """What the server does not show of a run that was sent to it; None where it shows all."""
+    try:
+        run = wandb.Api(timeout=API_TIMEOUT_S).run(path)
+        if run.lastHistoryStep < last_step:
+            return f"the server shows steps up to {run.lastHistoryStep}, not {last_step}"
+        if weights_sha256 and run.summary.get("weights_sha256") != weights_sha256:
+            return "the server does not show the result"
+        absent = files - {file.name for file in run.files(per_page=1000)} if files else None
+        return f"the server does not show {sorted(absent)[0]}" if absent else None
+    except Exception as error:  # wandb raises all kinds
+        return in_one_line(error)
+
+
+def _read_result(folder: Path) -> dict[str, Any]:
+    """What ``result.json`` holds; nothing where the run has not ended, or the file is damaged."""
+    try:
+        result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return result if isinstance(result, dict) else {}
+
+
+def _weights_file(folder: Path, config: Mapping[str, Any], result: Mapping[str, Any]) -> tuple[Path | None, str]:
+    """The file of the final weights, where it was to be an artifact; and a word where it is gone."""
+    if not config.get("tracking.artifacts") or not isinstance(result.get("steps"), int):
+        return None, ""
+    name = "ema" if config.get("optim.ema") else "model"
+    file = folder / "checkpoints" / folder_name(result["steps"]) / f"{name}.safetensors"
+    return (file, "") if file.is_file() else (None, f"without the weights: {file} is gone")

@@ -89,14 +89,14 @@ class Recorder:
         by_file = self.run.stop_file.exists()
         remove(self.run.stop_file)
         record_end(self.run.folder, stopped=True)
-        self.tracker.finish({})
+        self.tracker.stop()
         return by_file
 
     def close(self) -> None:
         """Ends bar, profile and tracking of a training that has failed or was stopped, in a process that goes on."""
         self.display.close()
         self._end_profile()
-        self.tracker.finish({})
+        self.tracker.close()
 
     def finish(self, result: Evaluation, test: AnySet, memory: list[dict[str, float | None]]) -> None:
         """Writes predictions and result, and shows them; `memory` is the peak memory of each rank."""

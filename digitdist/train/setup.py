@@ -22,7 +22,7 @@ from digitdist.errors import UserError
 from digitdist.model_checks import Traits, check_scalable, first_images, has_batch_norm, inspect_model
 from digitdist.model_state import model_state, transient_buffers
 from digitdist.models import build_model
-from digitdist.runs import has_wandb_key
+from digitdist.runs import has_wandb_key, wandb_mistakes
 from digitdist.world import is_main
 
 LOCAL_KEYS = ("data.root", "run.dir")  # may differ from host to host
@@ -103,6 +103,8 @@ def prepare(files: Sequence[str], overrides: Sequence[str]) -> Setup:
         mistakes += error.mistakes
     if config.tracking.wandb == "online" and not has_wandb_key():
         mistakes.append("tracking.wandb=online needs a key: run wandb login, or set tracking.wandb=offline")
+    if is_main():
+        mistakes += wandb_mistakes(config.tracking)
     if is_main() and not os.access(nearest_folder(Path(config.run.dir)), os.W_OK | os.X_OK):
         mistakes.append(f"run.dir={config.run.dir}: no permission to write there; give a folder that you own")
     if mistakes or plan is None:
