@@ -39,6 +39,7 @@ from digitdist.runs.folder import DATA_SET, PREDICTIONS, RESULT, Run
 from digitdist.runs.metrics import truncate_metrics
 from digitdist.world import print_main
 
+PLACES = ("run.dir", "run.name", "checkpoint.resume")  # where a run was trained and began; it may lie elsewhere now
 Fit = Callable[[Checkpoint], tuple[Checkpoint, list[str]]]
 
 
@@ -119,7 +120,7 @@ def _resume_or_begin(
     move_aside(folder)
     config.run.name = folder.name
     if run.finished:
-        _mend_configuration(folder, config, splits)
+        _mend_configuration(run, config, splits)
         return
     remove_temporary(folder)
     attempts = read_attempts(folder, print_main)
@@ -144,13 +145,19 @@ def _write_configuration(folder: Path, config: Config, splits: Splits) -> None:
     atomic_write(folder / DATA_SET, splits.info.to_json().encode() + b"\n")
 
 
-def _mend_configuration(folder: Path, config: Config, splits: Splits) -> None:
-    """Writes again how a finished run was trained, where that is damaged or missing."""
+def _mend_configuration(run: Run, config: Config, splits: Splits) -> None:
+    """Writes again how a finished run was trained, where that is damaged, missing or not what its last checkpoint says."""
     try:
-        read_info(folder, load_stored_config(folder / "config.yaml").data)
-    except UserError as damage:
-        print_main(f"{in_one_line(damage)}: config.yaml and {DATA_SET} are made again")
-        _write_configuration(folder, config, splits)
+        said = load_stored_config(run.folder / "config.yaml")
+        read_info(run.folder, said.data)
+        trained = run.stored.state["config"] if run.stored else {}
+        differing = [name for name, value in as_dict(said).items() if name not in PLACES and trained.get(name, value) != value]
+        damage = ", ".join(differing)
+    except UserError as error:
+        damage = in_one_line(error)
+    if damage:
+        print_main(f"{run.folder}: config.yaml and {DATA_SET} are damaged, and are made again ({damage})")
+        _write_configuration(run.folder, config, splits)
 
 
 def _is_own(run: Run) -> bool:
