@@ -3,10 +3,18 @@
 To add a key, add a field to `schema.py`, nothing else.
 """
 
-from digitdist.config.checks import nearest_folder
+from digitdist.config.checks import expand_user, nearest_folder
 from digitdist.config.command_line import Parser
 from digitdist.config.keys import KEYS, as_dict, describe_keys, result_changes
-from digitdist.config.reading import load_config, read_config, save_config, shipped_configs
+from digitdist.config.reading import (
+    dump_config,
+    load_config,
+    load_stored_config,
+    read_config,
+    read_stored_config,
+    shipped_configs,
+    stored_values,
+)
 from digitdist.config.schema import AugmentConfig, Config, DataConfig, ModelConfig, OptimConfig, ScheduleConfig, SyncConfig
 from digitdist.config.targets import import_target
 
@@ -22,11 +30,15 @@ __all__ = [
     "SyncConfig",
     "as_dict",
     "describe_keys",
+    "dump_config",
+    "expand_user",
     "import_target",
     "load_config",
+    "load_stored_config",
     "nearest_folder",
     "read_config",
+    "read_stored_config",
     "result_changes",
-    "save_config",
     "shipped_configs",
+    "stored_values",
 ]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import unicodedata
 from pathlib import Path
 
 from digitdist.config.schema import Config, DataConfig
+from digitdist.config.values import shown
 from digitdist.world import is_main
 
+MAX_NAME_BYTES = 255  # of a file's name, on every file system in use
 CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile that replay recorded kernels
 
 
@@ -14,8 +18,11 @@ def check_combinations(config: Config) -> list[str]:
     """The mistakes in names, folders and combinations of keys."""
     mistakes = []
     name = config.run.name
-    if name is not None and (not name.strip() or name in (".", "..") or set(name) & set("/\\\0\n")):
-        mistakes.append(f"run.name={name!r} is not allowed; it names one folder in run.dir, so no slash and not empty")
+    if name is not None and not _names_a_folder(name):
+        mistakes.append(
+            f"run.name={shown(repr(name))} is not allowed; it names one folder in run.dir, so no slash, no line break, not"
+            f" empty, and at most {MAX_NAME_BYTES} bytes"
+        )
     if config.sync.compress != "none" and config.sync.mode != "ddp":
         mistakes.append(
             f"sync.compress={config.sync.compress} is not allowed with sync.mode={config.sync.mode}; set it to none,"
@@ -54,21 +61,52 @@ def _check_data(config: Config) -> list[str]:
     return mistakes
 
 
+def _names_a_folder(name: str) -> bool:
+    """Whether `name` can be that of one folder, and be printed on one line."""
+    plain = not set(name) & set("/\\") and not any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in name)
+    return plain and bool(name.strip()) and name not in (".", "..") and len(name.encode()) <= MAX_NAME_BYTES
+
+
 def _check_folders(config: Config) -> list[str]:
-    mistakes = []
     resume = config.checkpoint.resume
-    folders = {"data.root": Path(config.data.root)}
+    folders = {"data.root": config.data.root}
     if is_main():  # its host holds the run
-        folders["run.dir"] = Path(config.run.dir)
-        if resume not in ("auto", "never") and not Path(resume).is_dir():
-            mistakes.append(f"checkpoint.resume={resume}: there is no such folder; give auto, never or a checkpoint's folder")
-    for label, folder in folders.items():
-        existing = nearest_folder(folder)
-        if not existing.is_dir():
-            mistakes.append(f"{label}={folder}: {existing} is a file; give a folder")
+        folders["run.dir"] = config.run.dir
+    mistakes = [f"{label}={shown(text)}: {why}; give a folder" for label, text in folders.items() if (why := _no_folder(text))]
+    if is_main() and resume not in ("auto", "never") and not (resume and os.path.isdir(resume)):
+        reason = "there is no such folder; give auto, never or a checkpoint's folder"
+        mistakes.append(f"checkpoint.resume={shown(resume)}: {reason}")
     return mistakes
+
+
+def _no_folder(text: str) -> str | None:
+    """Why `text` is not a folder and cannot become one, if so."""
+    if not text or "\0" in text:
+        return "it is empty" if not text else "it holds a zero byte"
+    try:
+        os.stat(text)
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # it may have to be made
+    except OSError as error:
+        return str(error.strerror)
+    if any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in Path(text).parts):
+        return f"a name in it has more than {MAX_NAME_BYTES} bytes"
+    existing = nearest_folder(Path(text))
+    return None if existing.is_dir() else f"{shown(existing)} is a file"
 
 
 def nearest_folder(path: Path) -> Path:
     """`path`, or the nearest of the folders above it that exists."""
-    return next((p for p in (path, *path.absolute().parents) if p.exists()), Path("/"))
+    return next((p for p in (path, *path.absolute().parents) if os.path.exists(p)), Path("/"))
+
+
+def expand_user(folder: str) -> str:
+    """`folder` with ``~`` and ``~user`` at its beginning expanded.
+
+    Raises:
+        ValueError: there is no such user, or none has a home.
+    """
+    expanded = os.path.expanduser(folder)
+    if folder.startswith("~") and expanded.startswith("~"):
+        raise ValueError(f"no home of {folder.split('/')[0]} is known; ./{folder} is a folder of that name")
+    return expanded

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import json
 import math
 import typing
 from collections.abc import Iterator
@@ -91,6 +92,7 @@ def _keys(schema: type, prefix: str = "") -> Iterator[Key]:
 
 
 KEYS: dict[str, Key] = {key.name: key for key in _keys(Config)}
+FOLDERS = ("data.root", "run.dir", "checkpoint.resume")  # whose ~ is expanded
 GROUPS = {name.rpartition(".")[0] for name in KEYS} - {""}
 
 
@@ -108,13 +110,19 @@ def result_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     names = sorted(
         name
         for name in old.keys() | new.keys()
-        if old.get(name) != new.get(name) and (name not in KEYS or KEYS[name].alters_result_in(new["sync.mode"]))
+        if _differ(old.get(name), new.get(name)) and (name not in KEYS or KEYS[name].alters_result_in(new["sync.mode"]))
     )
     return [f"{name} was {old.get(name)!r} and is now {new.get(name)!r}" for name in names]
 
 
+def _differ(old: Any, new: Any) -> bool:
+    """Whether two values differ, one of which JSON may have kept: with text for names, and not-a-number equal to itself."""
+    return old != new and json.dumps(old) != json.dumps(new)
+
+
 def nearest_key(name: str) -> str:
     """The valid key most like `name`: by the whole dotted key, or by its last part where that stands at the wrong level."""
+    name = name[:100]  # of a longer one the search would take long
 
     def likeness(candidate: str) -> float:
         whole = difflib.SequenceMatcher(None, name, candidate).ratio()

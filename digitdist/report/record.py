@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import yaml
 
-from digitdist.config import DataConfig, read_config
+from digitdist.config import DataConfig, read_stored_config, stored_values
 from digitdist.data import DATA_SETS, DataSetInfo, known_info
 from digitdist.errors import in_one_line
 from digitdist.evaluate import Evaluation, load_predictions
@@ -85,8 +84,8 @@ def read_record(folder: Path) -> Record:
             notes.append(f"{name} is damaged and left out ({type(error).__name__}: {in_one_line(error)}).")
             return default
 
-    flat: dict[str, Any] = read("config.yaml", lambda file: _flat(yaml.safe_load(file.read_text())), {})
-    config, _ = read_config([str(folder / "config.yaml")], [])
+    flat: dict[str, Any] = read("config.yaml", lambda file: _flat(stored_values(file)), {})
+    config, _ = read_stored_config(folder / "config.yaml")
     attempts: list[dict[str, Any]] = read(ENVIRONMENT, _read_attempts, [])
     events: list[dict[str, float]] = read(METRICS, _read_events, [])
     result = read(RESULT, _read_result, None)

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from digitdist.checkpoint import Checkpoint, DamagedCheckpoint, folder_name, folders, newest_good, read
-from digitdist.config import Config, DataConfig, load_config
+from digitdist.config import Config, DataConfig, load_config, load_stored_config
 from digitdist.data import DataSetInfo, known_info
 from digitdist.errors import UserError, in_one_line
 from digitdist.model_state import load_model_state, load_transient_buffers
@@ -98,8 +98,7 @@ def load_run(name: str, overrides: Sequence[str]) -> StoredRun:
         UserError: there is no such run, or a mistake in `overrides`.
     """
     folder = find_run(name, load_config((), [o for o in overrides if o.startswith("run.dir=")]).run.dir)
-    own = ["checkpoint.resume=auto", f"run.dir={folder.parent}"]
-    config = load_config([str(folder / "config.yaml")], [*own, *overrides])
+    config = load_stored_config(folder / "config.yaml", overrides)
     return StoredRun(folder, config, read_info(folder, config.data))
 
 

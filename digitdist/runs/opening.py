@@ -12,7 +12,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from digitdist.checkpoint import Checkpoint, DamagedCheckpoint, atomic_write, newest_good, read
-from digitdist.config import Config, as_dict, result_changes, save_config
+from digitdist.config import Config, as_dict, dump_config, result_changes
 from digitdist.data import Splits
 from digitdist.distributed import Plan
 from digitdist.errors import UserError
@@ -65,7 +65,7 @@ def _resume_or_begin(run: Run, config: Config, plan: Plan, splits: Splits, last_
             (folder / name).unlink(missing_ok=True)
     _begin_attempt(run, plan, launchers)
     config.run.name = folder.name
-    save_config(config, folder / "config.yaml")
+    atomic_write(folder / "config.yaml", dump_config(config))
     atomic_write(folder / DATA_SET, splits.info.to_json().encode() + b"\n")
 
 

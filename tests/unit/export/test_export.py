@@ -100,7 +100,7 @@ def made(folder: Path, *overrides: str, ema: bool = False) -> tuple[Path, dict[s
         name: build_model(settings.model, seed, MNIST).state_dict() for seed, name in enumerate(("model", "ema")[: 1 + ema])
     }
     folder.mkdir()
-    config.save_config(settings, folder / "config.yaml")
+    (folder / "config.yaml").write_bytes(config.dump_config(settings))
     checkpoint.write(folder / "checkpoints", Checkpoint(tensors, {"step": 5, "best": None}), keep=1)
     return folder, tensors["ema" if ema else "model"]
 

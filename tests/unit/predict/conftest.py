@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from digitdist import checkpoint
-from digitdist.config import load_config, save_config
+from digitdist.config import dump_config, load_config
 from digitdist.data import DATA_SETS, Splits, normalise
 from digitdist.models import build_model
 
@@ -31,5 +31,5 @@ def trained(splits: Splits, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
         optimizer.step()
     state = {"step": 250, "best": None}
     checkpoint.write(run / "checkpoints", checkpoint.Checkpoint({"model": model.state_dict()}, state), keep=1)
-    save_config(config, run / "config.yaml")
+    (run / "config.yaml").write_bytes(dump_config(config))
     return run, model.eval()
