@@ -17,6 +17,7 @@ from digitdist.config.reading import (
 )
 from digitdist.config.schema import AugmentConfig, Config, DataConfig, ModelConfig, OptimConfig, ScheduleConfig, SyncConfig
 from digitdist.config.targets import import_target
+from digitdist.config.values import shown
 
 __all__ = [
     "KEYS",
@@ -40,5 +41,6 @@ __all__ = [
     "read_stored_config",
     "result_changes",
     "shipped_configs",
+    "shown",
     "stored_values",
 ]

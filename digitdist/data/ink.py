@@ -23,7 +23,10 @@ FAINT = 0.12  # ink weaker than this fraction of the full ink is not part of the
 BODY = (0.35, 0.02)  # nor ink weaker than this that lies further, in parts of the picture's side, from where it is stronger
 SPECK = 0.04  # neither is a patch with less than this fraction of the largest patch's ink
 RIM = 0.1  # neither are patches at the picture's rim, where one inside has more than this fraction of the largest's ink
-SPOT, SPOTS_A_DIGIT = 0.04, 3  # ink of less than this part of the picture's side may be a spot, beside ink so many times as large
+SPOT, SPOTS_A_DIGIT = (
+    0.04,
+    3,
+)  # ink of less than this part of the picture's side may be a spot, beside ink so many times as large
 AS_TALL = 0.65  # what stands beside a digit and has this fraction of its height is another digit
 
 
@@ -52,7 +55,8 @@ def _strongest_ink(distance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         UserError: there is no ink.
     """
     full = _full(distance)
-    noise = np.median(distance[2 * distance <= distance.max()])
+    weak = distance[2 * distance <= distance.max()]
+    noise = np.median(weak) if weak.size else 0
     if full < max(LEAST_CONTRAST, 6 * noise):
         raise UserError("it is blank: there is no ink in it")
     distance = np.where(distance < max(FAINT * full, 4 * noise), 0, distance)

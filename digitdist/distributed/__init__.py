@@ -8,6 +8,7 @@ from digitdist.distributed.collectives import broadcast_tensors, check_equal, ga
 from digitdist.distributed.device import (
     describe_instructions,
     device_name,
+    lacks,
     num_cores,
     peak_memory_mb,
     takes_pinned_memory,
@@ -16,7 +17,7 @@ from digitdist.distributed.device import (
 from digitdist.distributed.failures import FailedRank, find_failed_rank, is_collective_failure
 from digitdist.distributed.heartbeat import LEFT, NOTICED, RAISED, Heartbeat, read_beats
 from digitdist.distributed.phases import PhaseTimer
-from digitdist.distributed.plan import Plan, make_plan
+from digitdist.distributed.plan import PRECISIONS, Plan, make_plan, planned_device
 from digitdist.distributed.preflight import raise_on_all_ranks, run_preflight
 from digitdist.distributed.process import launcher_start_time, run_command
 from digitdist.distributed.quotas import cpu_quota
@@ -28,6 +29,7 @@ from digitdist.distributed.watch import PeerWatch
 __all__ = [
     "LEFT",
     "NOTICED",
+    "PRECISIONS",
     "RAISED",
     "SHORTCUTS",
     "FailedRank",
@@ -46,10 +48,12 @@ __all__ = [
     "gather_rows",
     "generators_kept",
     "is_collective_failure",
+    "lacks",
     "launcher_start_time",
     "make_plan",
     "num_cores",
     "peak_memory_mb",
+    "planned_device",
     "prepare_module",
     "process_restored",
     "raise_on_all_ranks",

@@ -26,6 +26,7 @@ from digitdist.runs.attempts import (
 )
 from digitdist.runs.folder import DATA_SET, ENVIRONMENT, PREDICTIONS, RESULT, Run
 from digitdist.runs.metrics import METRICS, truncate_metrics
+from digitdist.runs.origin import mark_run
 from digitdist.world import print_main
 
 RUN_FILES = (METRICS, RESULT, PREDICTIONS, ENVIRONMENT, DATA_SET, "trace.json")
@@ -67,6 +68,7 @@ def _resume_or_begin(run: Run, config: Config, plan: Plan, splits: Splits, last_
     config.run.name = folder.name
     atomic_write(folder / "config.yaml", dump_config(config))
     atomic_write(folder / DATA_SET, splits.info.to_json().encode() + b"\n")
+    mark_run(folder)
 
 
 def _begin_attempt(run: Run, plan: Plan, launchers: list[float]) -> None:

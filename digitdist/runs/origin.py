@@ -18,9 +18,10 @@ from pathlib import Path
 from filelock import FileLock
 
 from digitdist.checkpoint import atomic_write
-from digitdist.config import Config, as_dict
+from digitdist.config import Config, as_dict, read_stored_config
 from digitdist.errors import in_one_line
 from digitdist.files import read_file
+from digitdist.runs.folder import CONFIG
 from digitdist.world import print_main
 
 MARK = ".origin"
@@ -29,15 +30,16 @@ SECRET, LENGTH = "secret", 32  # its file, and how many bytes it has
 MAX_MARK = 1000
 
 
-def mark_run(folder: Path, config: Config) -> None:
-    """Marks the run in `folder`, whose stored configuration is `config`, as made here; says so where that cannot be and matters."""
+def mark_run(folder: Path) -> None:
+    """Marks the run in `folder`, whose configuration is stored, as made here; says so where that cannot be and matters."""
+    config, _ = read_stored_config(folder / CONFIG)
     try:
         atomic_write(folder / MARK, _mark(_make_secret(), config).encode() + b"\n")
     except (OSError, RuntimeError) as error:
         if config.model.target or config.data.target or config.data.root != Config().data.root:
             print_main(
-                f"that this run is made here cannot be kept for later ({in_one_line(error)}): evaluate and export will ask for"
-                " trust=true and data.root"
+                f"origin     cannot be kept ({in_one_line(error)}): evaluate, predict and export will take this run for"
+                " another user's, and ask for trust=true or data.root"
             )
 
 
