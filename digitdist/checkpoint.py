@@ -10,9 +10,11 @@ Nothing here unpickles, and nothing here knows of ranks: one process writes, and
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import safetensors
 import safetensors.torch
 import torch
@@ -27,14 +30,24 @@ from torch import Tensor
 
 from digitdist.config import Parser
 from digitdist.errors import EXIT_USER_ERROR, UserError
+from digitdist.files import MIB, parse_json, read_plain, remove, sync, write_synced
+from digitdist.files import atomic_write as atomic_write
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
+NAME = re.compile(r"step-\d{9,}")
+LISTINGS = 3  # of a folder whose checkpoints are being removed meanwhile
+LARGEST_MANIFEST = MIB
+NOT_AS_WRITTEN = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EINVAL, errno.EFBIG, errno.ENXIO)
 Tensors = dict[str, Tensor]
 
 
 class DamagedCheckpoint(Exception):
     """A checkpoint that must not be used; the message names the file and what is wrong with it."""
+
+
+class UnreadableCheckpoint(DamagedCheckpoint):
+    """One that cannot be read at this moment; it may be good."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +78,17 @@ def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
 
 
 def write(
-    parent: Path, checkpoint: Checkpoint, keep: int, best: str | None = None, on_file: Callable[[], None] = lambda: None
+    parent: Path,
+    checkpoint: Checkpoint,
+    keep: int,
+    best: str | None = None,
+    on_file: Callable[[], None] = lambda: None,
+    report: Callable[[str], None] = print,
 ) -> Path:
-    """Writes one checkpoint into `parent`, verifies it, and then removes all but the last `keep` and the one named `best`.
+    """Writes one checkpoint into `parent`, verifies it, and then removes older ones; see `prune`.
 
-    `on_file` is called after each file. A failure leaves the older checkpoints as they were.
+    `on_file` is called after each file; `report` gets a line where older ones cannot be removed. A failure leaves the older
+    checkpoints as they were.
 
     Raises:
         OSError: the disk is full, or writing fails.
@@ -78,7 +97,7 @@ def write(
     parent.mkdir(parents=True, exist_ok=True)
     final = parent / folder_name(checkpoint.step)
     for stale in parent.glob(".step-*.tmp"):  # left by a process that died while it wrote
-        shutil.rmtree(stale)
+        remove(stale)
     if is_good(final):  # the same step of the same run, repeated after a restart, has the same content
         return final
     temporary = parent / f".{final.name}.tmp"
@@ -90,37 +109,56 @@ def write(
             sums[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
             on_file()
         write_synced(temporary / MANIFEST, json.dumps({"files": sums}, indent=1).encode())
-        _sync_folder(temporary)
+        sync(temporary)
         verify(temporary)
-        if final.exists():
-            shutil.rmtree(final)
+        remove(final)
         os.replace(temporary, final)
-        _sync_folder(parent)
+        sync(parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    prune(parent, keep, best)
+    try:
+        prune(parent, keep, best)
+    except OSError as error:
+        report(f"older checkpoints cannot be removed: {error}")
     return final
 
 
 def prune(parent: Path, keep: int, best: str | None = None) -> None:
-    """Removes all but the last `keep` checkpoints that are good, and the one named `best`."""
+    """Removes the checkpoints that are older than the last `keep` good ones, but for the one named `best`.
+
+    So one that is damaged, or cannot be read at this moment, goes by its age alone.
+
+    Raises:
+        OSError: one cannot be removed.
+    """
     good = [folder for folder in folders(parent) if is_good(folder)]
+    if len(good) < keep:
+        return
     for folder in folders(parent):
-        if folder not in good[-keep:] and folder.name != best:
+        if folder < good[-keep] and folder.name != best:
             shutil.rmtree(folder)
 
 
 def folders(parent: Path) -> list[Path]:
-    """All checkpoints in `parent`, oldest first, damaged ones too."""
-    return sorted(folder for folder in parent.glob("step-*") if folder.is_dir())
+    """All checkpoints in `parent`, oldest first, damaged ones too; what has any other name is not ours.
+
+    Raises:
+        UnreadableCheckpoint: `parent` cannot be read.
+    """
+    try:
+        return sorted(parent / name for name in os.listdir(parent) if NAME.fullmatch(name))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise UnreadableCheckpoint(f"{parent}: {error.strerror}") from None
 
 
 def verify(folder: Path) -> None:
-    """Compares every file with the manifest.
+    """Compares every file of the manifest with what it says; other files in the folder do not matter.
 
     Raises:
-        DamagedCheckpoint: a file is missing, superfluous, a link, outside the folder, or not as it was written.
+        DamagedCheckpoint: a file is missing, a link, outside the folder, or not as it was written; or it cannot be read.
     """
     _read_verified(folder)
 
@@ -138,24 +176,41 @@ def read(folder: Path) -> Checkpoint:
     """Reads one checkpoint; its tensors are on the CPU.
 
     Raises:
-        DamagedCheckpoint: it is not complete; nothing of it has been used.
+        DamagedCheckpoint: it is not complete, or cannot be read; nothing of it has been used.
     """
     files = _read_verified(folder)
     try:
-        state = json.loads(files.pop(STATE))
+        state = parse_json(files.pop(STATE))
         tensors = {name.removesuffix(".safetensors"): safetensors.torch.load(data) for name, data in files.items()}
-        return Checkpoint(tensors, state, folder)
-    except (KeyError, ValueError, safetensors.SafetensorError) as error:
+    except (ValueError, safetensors.SafetensorError) as error:
         raise DamagedCheckpoint(f"{folder}: not a checkpoint of this program ({error})") from None
+    if not isinstance(state, dict) or type(state.get("step")) is not int or "model" not in tensors:
+        raise DamagedCheckpoint(f"{folder}: not a checkpoint of this program (it has no step, or no model)")
+    return Checkpoint(tensors, state, folder)
 
 
 def newest_good(parent: Path, report: Callable[[str], None]) -> Checkpoint | None:
-    """The newest good checkpoint in `parent`; `report` gets a line about each newer one that is damaged."""
-    for folder in reversed(folders(parent)):
-        try:
-            return read(folder)
-        except DamagedCheckpoint as damage:
-            report(f"skipped a damaged checkpoint: {damage}")
+    """The newest good checkpoint in `parent`; `report` gets a line about each newer one that is not good.
+
+    Raises:
+        UnreadableCheckpoint: none is good, and one cannot be read at this moment, so that it may be good.
+    """
+    unreadable: list[UnreadableCheckpoint] = []
+    for _ in range(LISTINGS):
+        are_there = True
+        for folder in reversed(folders(parent)):
+            try:
+                return read(folder)
+            except DamagedCheckpoint as damage:
+                if os.path.lexists(folder):
+                    report(f"skipped a checkpoint: {damage}")
+                    unreadable += [damage] if isinstance(damage, UnreadableCheckpoint) else []
+                else:
+                    are_there = False  # a training that goes on has removed it, and written a newer one before
+        if are_there:
+            break
+    if unreadable:
+        raise unreadable[0]
     return None
 
 
@@ -169,28 +224,19 @@ def _files(checkpoint: Checkpoint) -> Iterator[tuple[str, bytes]]:
 
 def _read_verified(folder: Path) -> dict[str, bytes]:
     """The content of each file of a checkpoint, read once and compared with the manifest."""
+    if folder.is_symlink():
+        raise DamagedCheckpoint(f"{folder}: is a link")
     try:
-        manifest = folder / MANIFEST
-        if folder.is_symlink() or manifest.is_symlink():
-            raise DamagedCheckpoint(f"{folder}: is a link")
-        files = json.loads(manifest.read_bytes())["files"]
+        files = parse_json(_read(folder / MANIFEST, LARGEST_MANIFEST))["files"]
         expected = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
-    except OSError as error:
-        raise DamagedCheckpoint(f"{folder}/{MANIFEST}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise DamagedCheckpoint(f"{folder}/{MANIFEST}: not a manifest") from None
-    found = {path.name for path in folder.iterdir()} - {MANIFEST}
-    if found != expected.keys():
-        missing, extra = sorted(expected.keys() - found), sorted(found - expected.keys())
-        raise DamagedCheckpoint(
-            f"{folder}: " + ", ".join([f"{name} is missing" for name in missing] + [f"{name} is extra" for name in extra])
-        )
     data = {}
-    for name, (size, sha256) in expected.items():  # names found in this folder, so none leads out of it
+    for name, (size, sha256) in expected.items():
         path = folder / name
-        if path.is_symlink() or not path.is_file():
-            raise DamagedCheckpoint(f"{path}: not a plain file")
-        data[name] = path.read_bytes()
+        if path.name != name:
+            raise DamagedCheckpoint(f"{folder}/{MANIFEST}: {name} is not a name in this folder")
+        data[name] = _read(path, min(size, psutil.virtual_memory().available))
         if len(data[name]) != size:
             raise DamagedCheckpoint(f"{path}: {len(data[name])} bytes, {size} were written")
         if hashlib.sha256(data[name]).hexdigest() != sha256:
@@ -200,39 +246,12 @@ def _read_verified(folder: Path) -> dict[str, bytes]:
     return data
 
 
-def atomic_write(file: Path, content: bytes | bytearray) -> None:
-    """Replaces `file` by `content`; whatever happens meanwhile, it holds all of the old or all of the new content.
-
-    Raises:
-        OSError: it cannot be written; nothing is left of the attempt.
-    """
-    temporary = file.with_name(f".{file.name}.tmp")
+def _read(path: Path, at_most: int) -> bytes:
     try:
-        temporary.write_bytes(content)
-        os.replace(temporary, file)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_synced(path: Path, data: bytes) -> None:
-    """Writes a new file and waits until it is on the disk.
-
-    Raises:
-        OSError: it exists already, or cannot be written.
-    """
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return read_plain(path, at_most)
+    except OSError as error:
+        kind = DamagedCheckpoint if error.errno in NOT_AS_WRITTEN else UnreadableCheckpoint
+        raise kind(f"{path}: {error.strerror}") from None
 
 
 def main() -> None:

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from digitdist.checkpoint import atomic_write
 from digitdist.evaluate.statistics import wilson_interval
-from digitdist.files import MIB, read_file
+from digitdist.files import MIB, atomic_write, read_plain
 
 MAX_PACKED, MAX_UNPACKED = 256 * MIB, 1024 * MIB  # bytes of predictions
 
@@ -95,7 +94,7 @@ def load_predictions(file: Path, num_classes: int) -> Evaluation:
     Raises:
         OSError, ValueError, KeyError, zipfile.BadZipFile: the file cannot be read, or does not hold predictions.
     """
-    content = io.BytesIO(read_file(file, MAX_PACKED))
+    content = io.BytesIO(read_plain(file, MAX_PACKED))
     with zipfile.ZipFile(content) as packed:
         if sum(entry.file_size for entry in packed.infolist()) > MAX_UNPACKED:
             raise ValueError(f"it holds more than {MAX_UNPACKED // MIB:,} MiB")

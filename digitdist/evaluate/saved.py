@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from digitdist.evaluate.result import Evaluation, load_predictions
-from digitdist.files import MIB, read_json
+from digitdist.files import MIB, parse_json, read_plain
 from digitdist.runs import PREDICTIONS, RESULT, StoredRun
 
 MAX_RESULT = MIB
@@ -35,7 +35,7 @@ class SavedPredictions:
 def saved_predictions(run: StoredRun, weights_sha256: str) -> SavedPredictions | None:
     """The run's predictions of its test images, if there are any, and of these weights."""
     try:
-        result = read_json(run.folder / RESULT, MAX_RESULT)
+        result = parse_json(read_plain(run.folder / RESULT, MAX_RESULT))
         if result["weights_sha256"] != weights_sha256:
             return None
         saved = load_predictions(run.folder / PREDICTIONS, run.info.num_classes)

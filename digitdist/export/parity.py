@@ -12,13 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import digitdist
-from digitdist.checkpoint import weights_sha256, write_synced
+from digitdist.checkpoint import Checkpoint, weights_sha256
 from digitdist.data import AnySet, load_splits
 from digitdist.evaluate import saved_predictions
-from digitdist.export.formats import FORMATS, Classifier, Classify
+from digitdist.export.formats import FORMATS, Classifier, Classify, Metadata
+from digitdist.files import write_synced
 from digitdist.model_state import model_state
 from digitdist.runs import StoredRun
 
@@ -45,25 +46,8 @@ def export(run: StoredRun, which: str, form: str, file: Path) -> str:
     classifier = Classifier(network, info)
     expected, labels = probabilities(classifier, test)
     correct, total = int((expected.argmax(1) == labels).sum()), len(test)
-    sha256 = weights_sha256(model_state(network))
-    saved = saved_predictions(run, sha256)
-    metadata = {
-        "digitdist_version": digitdist.__version__,
-        "run": run.folder.resolve().name,
-        "step": stored.step,
-        "weights_sha256": sha256,
-        "model": config.model.target or config.model.name,
-        "model_args": config.model.args,
-        "data_set": info.name,
-        "classes": info.classes,
-        "pixel_mean": _pixels(info.mean),
-        "pixel_std": _pixels(info.std),
-        "test_correct": correct,
-        "test_total": total,
-        "test_accuracy": correct / total,
-        "precision": PRECISION,  # of the file, and of these counts
-        "trained_precision": run.trained_precision(stored),
-    }
+    saved = saved_predictions(run, weights_sha256(model_state(network)))
+    metadata = describe(run, stored, network, correct, total)
     if saved:  # the training's own count, in its precision
         metadata["trained_test_correct"] = saved.result.correct
     temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp")
@@ -82,6 +66,28 @@ def export(run: StoredRun, which: str, form: str, file: Path) -> str:
     )
     compared = saved.compare(test.indices.numpy(), expected.argmax(1).numpy()) if saved else None
     return f"{report}\n{compared}" if compared else report
+
+
+def describe(run: StoredRun, stored: Checkpoint, network: nn.Module, correct: int, total: int) -> Metadata:
+    """What a file tells of itself: the run, its weights, how to normalise and to name classes, and how many it gets right."""
+    model, info = run.config.model, run.info
+    return {
+        "digitdist_version": digitdist.__version__,
+        "run": run.folder.resolve().name,
+        "step": stored.step,
+        "weights_sha256": weights_sha256(model_state(network)),
+        "model": model.target or model.name,
+        "model_args": model.args,
+        "data_set": info.name,
+        "classes": info.classes,
+        "pixel_mean": _pixels(info.mean),
+        "pixel_std": _pixels(info.std),
+        "test_correct": correct,
+        "test_total": total,
+        "test_accuracy": correct / total,
+        "precision": PRECISION,  # of the file, and of these counts
+        "trained_precision": run.trained_precision(stored),
+    }
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
-from digitdist.checkpoint import Checkpoint, DamagedCheckpoint, folder_name, folders, newest_good, read
+from digitdist.checkpoint import Checkpoint, DamagedCheckpoint, UnreadableCheckpoint, folder_name, folders, newest_good, read
 from digitdist.config import (
     Config,
     DataConfig,
@@ -24,7 +24,7 @@ from digitdist.config import (
 from digitdist.data import DataSetInfo, known_info
 from digitdist.distributed import PRECISIONS, lacks
 from digitdist.errors import UserError, in_one_line
-from digitdist.files import MIB, read_file
+from digitdist.files import MIB, read_plain
 from digitdist.model_state import load_model_state, load_transient_buffers
 from digitdist.models import build_model
 from digitdist.runs.folder import CONFIG, DATA_SET
@@ -65,13 +65,16 @@ class StoredRun:
             UserError: there is no such checkpoint, or it is damaged.
         """
         parent = self.folder / "checkpoints"
-        last = newest_good(parent, partial(print, file=sys.stderr))
+        try:
+            last = newest_good(parent, partial(print, file=sys.stderr))
+        except UnreadableCheckpoint as error:
+            raise UserError(f"{error}; make it readable, or name another by --checkpoint") from None
         if last is None:
             raise UserError(f"{self.folder}: no good checkpoint in {parent}; train the run first")
         if which == "last":
             return _checked(last)
         if which == "best":
-            best = _checked(last).state["best"]
+            best = _checked(last).state.get("best")
             if not best:
                 raise UserError(f"{self.folder}: no best checkpoint; it is chosen only where data.validation holds images out")
             which = str(best["step"])
@@ -113,16 +116,14 @@ class StoredRun:
 
 
 def _checked(stored: Checkpoint) -> Checkpoint:
-    """`stored`, whose state is found to have a step, and the step of the best one or None.
+    """`stored`, if its state tells a best step or none.
 
     Raises:
-        UserError: it is another program's.
+        UserError: it tells something else.
     """
-    state = stored.state if isinstance(stored.state, dict) else {}
-    best = state.get("best")
-    steps = [state.get("step"), *([best.get("step")] if isinstance(best, dict) else [])]
-    if not all(type(step) is int and step >= 0 for step in steps) or not (best is None or isinstance(best, dict)):
-        raise UserError(f"{stored.folder} is not a checkpoint of this program: its state has no step, or no best one")
+    best = stored.state.get("best")
+    if best is not None and not (isinstance(best, dict) and type(best.get("step")) is int and best["step"] >= 0):
+        raise UserError(f"{stored.folder} is not a checkpoint of this program: its best one has no step")
     return stored
 
 
@@ -195,7 +196,7 @@ def read_info(folder: Path, data: DataConfig) -> DataSetInfo:
         UserError: its file is damaged, or missing and not that of a data set with a name.
     """
     try:
-        return DataSetInfo.from_json(read_file(folder / DATA_SET, MAX_INFO_BYTES))
+        return DataSetInfo.from_json(read_plain(folder / DATA_SET, MAX_INFO_BYTES))
     except FileNotFoundError:
         info = known_info(data)  # earlier versions wrote no such file
         if info is None:

@@ -17,10 +17,9 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from digitdist.checkpoint import atomic_write
 from digitdist.config import Config, as_dict, read_stored_config
 from digitdist.errors import in_one_line
-from digitdist.files import read_file
+from digitdist.files import atomic_write, read_plain
 from digitdist.runs.folder import CONFIG
 from digitdist.world import print_main
 
@@ -46,7 +45,7 @@ def mark_run(folder: Path) -> None:
 def made_here(folder: Path, config: Config) -> bool:
     """Whether this user's training has made the run in `folder`, whose stored configuration is `config`."""
     try:
-        mark, secret = read_file(folder / MARK, MAX_MARK), _read_secret(_state_folder())
+        mark, secret = read_plain(folder / MARK, MAX_MARK), _read_secret(_state_folder())
     except (OSError, RuntimeError):
         return False
     return hmac.compare_digest(mark.strip(), _mark(secret, config).encode())
@@ -68,7 +67,7 @@ def _state_folder() -> Path:
 
 
 def _read_secret(folder: Path) -> bytes:
-    secret = read_file(folder / SECRET, LENGTH)
+    secret = read_plain(folder / SECRET, LENGTH)
     if len(secret) != LENGTH:  # anybody could make marks with a secret that is empty
         raise FileNotFoundError(errno.ENOENT, "it is damaged", str(folder / SECRET))
     return secret

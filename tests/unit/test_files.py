@@ -8,23 +8,23 @@ from pathlib import Path
 
 import pytest
 
-from digitdist.files import MIB, read_file, read_json
+from digitdist.files import MIB, parse_json, read_plain
 
 
 def test_a_regular_file_is_read_up_to_its_limit(tmp_path: Path):
     (tmp_path / "a").write_bytes(b"x" * 100)
-    assert read_file(tmp_path / "a", 100) == b"x" * 100
-    with pytest.raises(OSError, match="it is larger than 99 bytes"):
-        read_file(tmp_path / "a", 99)
+    assert read_plain(tmp_path / "a", 100) == b"x" * 100
+    with pytest.raises(OSError, match="is larger than 99 bytes"):
+        read_plain(tmp_path / "a", 99)
     with pytest.raises(FileNotFoundError):
-        read_file(tmp_path / "b", 100)
+        read_plain(tmp_path / "b", 100)
 
 
 def test_a_huge_sparse_file_is_refused_by_its_size_alone(tmp_path: Path):
     with (tmp_path / "a").open("wb") as file:
         file.truncate(2**40)
-    with pytest.raises(OSError, match="it is larger than 1,048,576 bytes"):
-        read_file(tmp_path / "a", MIB)
+    with pytest.raises(OSError, match="is larger than 1,048,576 bytes"):
+        read_plain(tmp_path / "a", MIB)
 
 
 @pytest.mark.timeout(10)
@@ -37,8 +37,8 @@ def test_what_is_no_regular_file_is_refused_without_waiting(tmp_path: Path, kind
         socket.socket(socket.AF_UNIX).bind(str(place))
     elif kind == "folder":
         place.mkdir()
-    with pytest.raises(OSError, match="it is not a regular file"):
-        read_file(Path("/dev/zero") if kind == "device" else place, MIB)
+    with pytest.raises(OSError, match=r"is not a regular file|No such device"):
+        read_plain(Path("/dev/zero") if kind == "device" else place, MIB)
 
 
 @pytest.mark.parametrize("target", ["a file", "/dev/zero", "nothing", "loop"])
@@ -46,12 +46,11 @@ def test_a_link_is_not_followed(tmp_path: Path, target: str):
     (tmp_path / "a file").write_bytes(b"mine")
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "link").symlink_to(target)
-    with pytest.raises(OSError, match="it is a link"):
-        read_file(tmp_path / "link", MIB)
+    with pytest.raises(OSError, match="is a link"):
+        read_plain(tmp_path / "link", MIB)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\xfd", b"[" * 100_000, b'{"a":' * 100_000, b"9" * 10_000])
-def test_json_that_is_none_is_a_value_error(tmp_path: Path, content: bytes):
-    (tmp_path / "a.json").write_bytes(content)
+def test_json_that_is_none_is_a_value_error(content: bytes):
     with pytest.raises(ValueError, match=r".+"):
-        read_json(tmp_path / "a.json", MIB)
+        parse_json(content)
