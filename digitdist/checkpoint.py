@@ -35,7 +35,7 @@ from digitdist.files import atomic_write as atomic_write
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
-NAME = re.compile(r"step-\d{9,}")
+NAME = re.compile(r"step-[0-9]{9,}")
 LISTINGS = 3  # of a folder whose checkpoints are being removed meanwhile
 LARGEST_MANIFEST = MIB
 NOT_AS_WRITTEN = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EINVAL, errno.EFBIG, errno.ENXIO)
@@ -65,6 +65,11 @@ class Checkpoint:
 
 def folder_name(step: int) -> str:
     return f"step-{step:09d}"
+
+
+def step_of(folder: Path) -> int:
+    """The step of a folder that has a checkpoint's name."""
+    return int(folder.name.removeprefix("step-"))
 
 
 def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
@@ -136,7 +141,7 @@ def prune(parent: Path, keep: int, best: str | None = None) -> None:
     if len(good) < keep:
         return
     for folder in folders(parent):
-        if folder < good[-keep] and folder.name != best:
+        if step_of(folder) < step_of(good[-keep]) and folder.name != best:
             shutil.rmtree(folder)
 
 
@@ -147,7 +152,7 @@ def folders(parent: Path) -> list[Path]:
         UnreadableCheckpoint: `parent` cannot be read.
     """
     try:
-        return sorted(parent / name for name in os.listdir(parent) if NAME.fullmatch(name))
+        return sorted((parent / name for name in os.listdir(parent) if NAME.fullmatch(name)), key=step_of)
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:

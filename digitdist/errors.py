@@ -27,7 +27,14 @@ class PeerFailed(Exception):
 
 
 class Stopped(Exception):
-    """The run was asked to stop and has been saved; the same command resumes it. Exit code 75."""
+    """The run was asked to stop and has been saved; the same command resumes it. Exit code 75.
+
+    `final`: also a launcher that would start its workers again is to end.
+    """
+
+    def __init__(self, message: str, final: bool = False):
+        super().__init__(message)
+        self.final = final
 
 
 def in_one_line(error: object) -> str:

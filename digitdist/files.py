@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 MIB = 1 << 20
+TEMPORARY = f".{16 * '[0-9a-f]'}.tmp"  # what `atomic_write` leaves where it is killed, as a pattern
 
 
 def atomic_write(file: Path, content: bytes | bytearray) -> None:
@@ -81,7 +82,7 @@ def read_plain(file: Path, at_most: int = 16 * MIB) -> bytes:
         return opened.read(at_most)
 
 
-def parse_json(content: bytes) -> Any:
+def parse_json(content: str | bytes) -> Any:
     """The value of a JSON text.
 
     Raises:

@@ -8,9 +8,10 @@ from digitdist.data.forms import picture_form
 from digitdist.data.info import DATA_SETS, DataSetInfo
 from digitdist.data.loaders import TrainingSampler, evaluation_loader, prepare_loader
 from digitdist.data.loading import known_info, load_splits
-from digitdist.data.loss_history import LossHistory, NullLossHistory
+from digitdist.data.loss_history import LOSS_HISTORY, LossHistory, NullLossHistory
 from digitdist.data.mnist_form import mnist_form
 from digitdist.data.order import Order
+from digitdist.data.packaged_mnist import read_mnist
 from digitdist.data.picture import list_pictures, open_picture, read_picture
 from digitdist.data.randomness import derive_seed, seed_generators
 from digitdist.data.sharding import Sharding
@@ -18,6 +19,7 @@ from digitdist.data.transforms import augment, black, displayable, normalise
 
 __all__ = [
     "DATA_SETS",
+    "LOSS_HISTORY",
     "AnySet",
     "Batch",
     "DataSetInfo",
@@ -43,6 +45,7 @@ __all__ = [
     "open_picture",
     "picture_form",
     "prepare_loader",
+    "read_mnist",
     "read_picture",
     "seed_generators",
 ]

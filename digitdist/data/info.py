@@ -8,12 +8,14 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from digitdist.files import parse_json
+
 DIGITS = tuple("0123456789")
 FASHION = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 KUZUSHIJI = ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")
 CIFAR = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 ImageForm = Literal["mnist", "resize"]  # how a picture is brought to the form of a data set
-MAX_CLASSES, MAX_SIDE = 10_000, 10_000  # that a file may name
+MAX_CLASSES, MAX_SIDE, MAX_LENGTH = 10_000, 10_000, 1000  # that a file may name; a name's length
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,10 @@ class DataSetInfo:
             ValueError: it is something else.
         """
         try:
-            values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in json.loads(text).items()}
+            values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in parse_json(text).items()}
             info = cls(**values)
             info._check()
-        except (TypeError, AttributeError, RecursionError, OverflowError) as error:
+        except (TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"it is not the form of a data set: {error}") from None
         return info
 
@@ -81,8 +83,8 @@ class DataSetInfo:
             ValueError, TypeError: naming what.
         """
         texts = isinstance(self.name, str) and isinstance(self.classes, tuple) and all(isinstance(c, str) for c in self.classes)
-        if not texts or not 2 <= len(self.classes) <= MAX_CLASSES:
-            raise ValueError(f"it takes a name, and 2 to {MAX_CLASSES:,} classes, as text")
+        if not texts or not 2 <= len(self.classes) <= MAX_CLASSES or max(map(len, (self.name, *self.classes))) > MAX_LENGTH:
+            raise ValueError(f"it takes a name, and 2 to {MAX_CLASSES:,} classes, as text of at most {MAX_LENGTH:,} characters")
         sides = self.height, self.width
         if not all(type(side) is int and 1 <= side <= MAX_SIDE for side in sides):
             raise ValueError(f"it takes height and width of 1 to {MAX_SIDE:,}")

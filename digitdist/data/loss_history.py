@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from digitdist.checkpoint import Tensors
 from digitdist.data.datasets import AnySet
 
-GROUP = "hardness"  # the name of its file in checkpoints, whose format is kept
+LOSS_HISTORY = "hardness"  # the name of its file in checkpoints, whose format is kept
 
 
 class NullLossHistory:
@@ -61,11 +61,11 @@ class LossHistory:
 
     def state(self) -> dict[str, Tensors]:
         """A group of tensors of a checkpoint. Collective: every rank must call it."""
-        return {GROUP: {"known": self.known, "noted": self._recent_of_all_ranks()}}
+        return {LOSS_HISTORY: {"known": self.known, "noted": self._recent_of_all_ranks()}}
 
     def restore(self, stored: dict[str, Tensors], is_main: bool) -> None:
         """Restores what `state` returned, if it is of the same images."""
-        history = stored.get(GROUP, {})
+        history = stored.get(LOSS_HISTORY, {})
         if len(history.get("known", ())) == len(self.known):
             self.known.copy_(history["known"])
             if is_main:

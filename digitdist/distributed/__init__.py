@@ -15,7 +15,7 @@ from digitdist.distributed.device import (
     to_device,
 )
 from digitdist.distributed.failures import FailedRank, find_failed_rank, is_collective_failure
-from digitdist.distributed.heartbeat import LEFT, NOTICED, RAISED, Heartbeat, read_beats
+from digitdist.distributed.heartbeat import LEFT, NOTICED, RAISED, Heartbeat, heartbeat_size, read_beats
 from digitdist.distributed.phases import PhaseTimer
 from digitdist.distributed.plan import PRECISIONS, Plan, make_plan, planned_device
 from digitdist.distributed.preflight import raise_on_all_ranks, run_preflight
@@ -47,6 +47,7 @@ __all__ = [
     "find_failed_rank",
     "gather_rows",
     "generators_kept",
+    "heartbeat_size",
     "is_collective_failure",
     "lacks",
     "launcher_start_time",

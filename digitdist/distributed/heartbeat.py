@@ -56,10 +56,12 @@ class Heartbeat:
     """Writes this rank's position into the file. Beginning a phase costs one write to memory and adds to `timer`."""
 
     def __init__(self, file: Path, world: World, device: torch.device | None = None):
-        size = world.size * RECORD.size
+        size = heartbeat_size(world)
         with file.open("a+b") as opened:
-            if os.fstat(opened.fileno()).st_size < size:
-                opened.truncate(size)
+            missing = size - os.fstat(opened.fileno()).st_size
+            if missing > 0:
+                opened.write(bytes(missing))
+                opened.flush()
             self._map = mmap.mmap(opened.fileno(), size)
         self.world_size = world.size
         self.rank, self.host = world.rank, zlib.crc32(platform.node().encode())
@@ -107,10 +109,16 @@ class Heartbeat:
         RECORD.pack_into(self._map, self.rank * RECORD.size, *values)
 
 
+def heartbeat_size(world: World) -> int:
+    """The bytes of the file in which all ranks of `world` write."""
+    return world.size * RECORD.size
+
+
 def read_beats(content: bytes | mmap.mmap) -> list[Beat]:
-    """The ranks that have written into a heartbeat file, in their order."""
+    """The ranks that have written into a heartbeat file, in their order; what is cut short or damaged is left out."""
+    whole = content[: len(content) // RECORD.size * RECORD.size]
     return [
         Beat(rank, pid, host, step, PHASES[phase], state, (reached_step, reached_phase))
-        for rank, (pid, host, step, phase, state, reached_step, reached_phase) in enumerate(RECORD.iter_unpack(content))
-        if pid
+        for rank, (pid, host, step, phase, state, reached_step, reached_phase) in enumerate(RECORD.iter_unpack(whole))
+        if pid > 0 and phase in range(len(PHASES))
     ]

@@ -39,6 +39,8 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         code = EXIT_USER_ERROR
     except Stopped as stop:
         print_main(str(stop))
+        if stop.final:
+            _end_launcher()
         code = EXIT_STOPPED
     except PeerFailed:
         code = EXIT_FAULT
@@ -111,7 +113,7 @@ def _wait_for_launcher() -> None:
 
 
 def _end_launcher() -> None:
-    """Ends a launcher that would start the workers again, which does not mend a mistake."""
+    """Ends a launcher that would start the workers again, which neither mends a mistake nor is wanted after a stop."""
     if not under_torchelastic() or restart_count() >= max_restarts():
         return
     parent = psutil.Process(os.getppid())

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -15,30 +17,65 @@ import accelerate
 import torch
 
 import digitdist
-from digitdist.checkpoint import atomic_write
 from digitdist.distributed import Plan, describe_instructions, device_name, read_beats
-from digitdist.errors import Fault, Stopped
-from digitdist.runs.folder import ENVIRONMENT
+from digitdist.errors import Fault, Stopped, in_one_line
+from digitdist.files import atomic_write, parse_json, read_plain, remove
+from digitdist.runs.folder import ENVIRONMENT, RESULT
 from digitdist.world import restart_count
 
 Attempt = dict[str, Any]
 KEY = "starts"  # of the list in the file, whose format is kept
+OPTIONAL: dict[str, type | tuple[type, ...]] = {
+    "launchers": list,
+    "slurm": list,
+    "training": str,
+    "reached": int,
+    "stopped": bool,
+    "fault": str,
+}
 
 
-def read_attempts(folder: Path) -> list[Attempt]:
-    """The attempts of a run, oldest first."""
+def read_attempts(folder: Path, report: Callable[[str], None] = lambda _: None) -> list[Attempt]:
+    """The attempts of a run, oldest first; `report` gets a line where some of them are lost."""
+    file = folder / ENVIRONMENT
     try:
-        return json.loads((folder / ENVIRONMENT).read_text())[KEY]
+        found = parse_json(read_plain(file))[KEY]
+        attempts = [attempt for attempt in found if _is_attempt(attempt)]
     except FileNotFoundError:
         return []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = in_one_line(error.strerror if isinstance(error, OSError) else error)
+        report(f"{file} is damaged ({reason}); what it held of earlier attempts is lost")
+        return []
+    if len(attempts) < len(found):
+        report(f"{file} is damaged; {len(found) - len(attempts)} of {len(found)} earlier attempts are lost")
+    return attempts
+
+
+def _is_attempt(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and all(type(value.get(name)) is int and value[name] >= 0 for name in ("step", "world_size"))
+        and isinstance(value.get("wandb_id"), str)
+        and all(isinstance(value[name], kind) for name, kind in OPTIONAL.items() if name in value)
+    )
 
 
 def write_attempts(folder: Path, attempts: list[Attempt]) -> None:
+    """Writes the attempts of a run.
+
+    Raises:
+        OSError: the disk is full, or writing fails.
+    """
     atomic_write(folder / ENVIRONMENT, json.dumps({KEY: attempts}, indent=1).encode() + b"\n")
 
 
 def record_end(folder: Path, **how: Any) -> None:
-    """Records how the last attempt of a run ended: ``stopped=True`` or ``fault="…"``; the first fault counts."""
+    """Records how the last attempt of a run ended: ``stopped=True`` or ``fault="…"``; the first fault counts.
+
+    Raises:
+        OSError: the disk is full, or writing fails.
+    """
     attempts = read_attempts(folder)
     if attempts and not ("fault" in how and "fault" in attempts[-1]):
         attempts[-1] |= how
@@ -48,13 +85,16 @@ def record_end(folder: Path, **how: Any) -> None:
 def take_in_heartbeats(folder: Path, attempts: list[Attempt]) -> None:
     """Adds to the last attempt the step that its ranks had reached, from their heartbeats, which are then removed."""
     for file in folder.glob(".heartbeat-*"):
-        beats = read_beats(file.read_bytes())
+        try:
+            beats = read_beats(read_plain(file))
+        except OSError:
+            beats = []
         if attempts and beats:
             furthest = max(beats, key=lambda beat: beat.step)
             attempts[-1] |= {"reached": furthest.step}
             if "stopped" not in attempts[-1]:
                 attempts[-1].setdefault("fault", f"rank {furthest.rank} ended without a word at {furthest.position}")
-        file.unlink()
+        remove(file)
 
 
 def check_progress(folder: Path, attempts: list[Attempt], launchers: list[float], world_size: int) -> None:
@@ -66,23 +106,39 @@ def check_progress(folder: Path, attempts: list[Attempt], launchers: list[float]
     """
     own = started_by(attempts, launchers)
     if own and own[-1].get("stopped") and world_size <= own[-1]["world_size"]:
-        raise Stopped(f"{folder}: stopped on request; the launcher's restart does not change that")
+        raise Stopped(f"{folder}: stopped on request; the launcher's restart does not change that", final=True)
     failed = [attempt for attempt in own if not attempt.get("stopped")]
     reached = [attempt.get("reached", 0) for attempt in failed]
     if len(reached) > 2 and max(reached[-2:]) <= max(reached[:-2]):
-        raise Fault(f"{folder}: restarted twice without a step of progress; the cause: {failed[-1]['fault']}")
+        raise Fault(f"{folder}: restarted twice without a step of progress; the cause: {failed[-1].get('fault', 'not known')}")
 
 
 def started_by(attempts: list[Attempt], launchers: list[float]) -> list[Attempt]:
     return [attempt for attempt in attempts if set(attempt.get("launchers", ())) & set(launchers)]
 
 
+def is_restart(folder: Path, launchers: list[float]) -> bool:
+    """Whether the launcher or Slurm, which has started the last attempt of the run, starts the same training once more."""
+    last, slurm = read_attempts(folder)[-1:], slurm_start()
+    if not last:  # where the record is damaged, what is there is kept
+        return os.path.lexists(folder / ENVIRONMENT) and (restart_count() > 0 or slurm[1:] not in ([], ["0"]))
+    if started_by(last, launchers):  # a program that launches may start one after another
+        return restart_count() > 0 or not (folder / RESULT).exists()
+    before = last[0].get("slurm", [])
+    return bool(slurm) and before[:1] == slurm[:1] and before != slurm
+
+
+def slurm_start() -> list[str]:
+    """The job of Slurm's in which this process runs, and how often Slurm has restarted it; empty outside of Slurm."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return [job, os.environ.get("SLURM_RESTART_COUNT", "0")] if job else []
+
+
 def run_of_launchers(runs: Path, launchers: list[float]) -> str | None:
     """The name of the newest run that one of these launchers has started before, and so restarts; None without one."""
-    folders = [file.parent for file in runs.glob(f"*/{ENVIRONMENT}")]
-    if not restart_count():  # a program that launches may start several runs, one after another
-        folders = [folder for folder in folders if not (folder / "result.json").exists()]
-    return max((folder.name for folder in folders if started_by(read_attempts(folder)[-1:], launchers)), default=None)
+    folders = [file.parent for file in runs.glob(f"*/{ENVIRONMENT}")] if launchers else []
+    own = [folder for folder in folders if started_by(read_attempts(folder)[-1:], launchers)]
+    return max((folder.name for folder in own if is_restart(folder, launchers)), default=None)
 
 
 def describe_environment(plan: Plan) -> Attempt:

@@ -26,6 +26,7 @@ class Run:
     wandb_id: str = ""
     stored: Checkpoint | None = None  # what is resumed
     finished: bool = False
+    resuming: str = ""  # what to do to resume it
     lock: FileLock | None = field(default=None, repr=False)  # held on the main rank alone, until closed or the process ends
 
     def __getstate__(self) -> dict[str, Any]:

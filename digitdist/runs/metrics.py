@@ -7,17 +7,22 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from digitdist.checkpoint import atomic_write
+from digitdist.errors import in_one_line
+from digitdist.files import atomic_write, parse_json, read_plain
 
 METRICS = "metrics.jsonl"
+LARGEST = 4 << 30  # bytes that are read
 
 
 class MetricsLog:
-    """Appends events to ``metrics.jsonl`` in `folder`. What a full disk does not take waits for the next event."""
+    """Appends events to ``metrics.jsonl`` in `folder`.
+
+    What a full disk does not take waits for the next event; `report` gets a line about it at first, and one when it is over.
+    """
 
     def __init__(self, folder: Path, report: Callable[[str], None]):
         self._file = (folder / METRICS).open("ab", buffering=0)
-        self._pending = b""
+        self._pending, self._waits = b"", False
         self._report = report
 
     def append(self, event: Mapping[str, Any]) -> None:
@@ -34,19 +39,51 @@ class MetricsLog:
             while self._pending:
                 self._pending = self._pending[self._file.write(self._pending) :]
         except OSError as error:
-            self._report(f"{METRICS} cannot be written now ({error.strerror}); its lines wait in memory")
+            if not self._waits:
+                self._report(f"{METRICS} cannot be written now ({error.strerror}); its lines wait in memory")
+            self._waits = True
+        else:
+            if self._waits:
+                self._report(f"{METRICS} is written again; no line is lost")
+            self._waits = False
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The events of a run, in order, without a last line that a crash cut short."""
+def read_metrics(folder: Path, report: Callable[[str], None] = lambda _: None) -> list[dict[str, Any]]:
+    """The events of a run, in order, but not a last line that was cut short. `report` gets a line where more is left out."""
+    file = folder / METRICS
     try:
-        lines = (folder / METRICS).read_text().splitlines(keepends=True)
+        whole = read_plain(file, LARGEST).split(b"\n")[:-1]
     except FileNotFoundError:
         return []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    except OSError as error:
+        report(f"{file} is damaged and left out ({in_one_line(error.strerror)})")
+        return []
+    events = [event for line in whole if (event := _event(line))]
+    if len(events) < len(whole):
+        report(f"{file}: {len(whole) - len(events)} damaged lines are left out")
+    return events
 
 
-def truncate_metrics(folder: Path, last_step: int) -> None:
-    """Removes the events after `last_step`, which the resumed run repeats, and a line that a crash cut short."""
-    kept = [event for event in read_metrics(folder) if event["step"] <= last_step]
+def _event(line: bytes) -> dict[str, Any] | None:
+    """The event in a line, if it is one: a step, an epoch, and numbers by name."""
+    try:
+        event = parse_json(line.strip(b"\0"))  # with which a crash of the host may fill up a file
+    except ValueError:
+        return None
+    is_event = (
+        isinstance(event, dict)
+        and type(event.get("step")) is int
+        and "epoch" in event
+        and all(type(value) in (int, float) for value in event.values())
+    )
+    return event if is_event else None
+
+
+def truncate_metrics(folder: Path, last_step: int, report: Callable[[str], None]) -> None:
+    """Removes the events after `last_step`, which the resumed run repeats, and what is damaged, of which `report` gets a line.
+
+    Raises:
+        OSError: the disk is full, or writing fails.
+    """
+    kept = [event for event in read_metrics(folder, report) if event["step"] <= last_step]
     atomic_write(folder / METRICS, b"".join(json.dumps(event).encode() + b"\n" for event in kept))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list, gather_object
 
-from digitdist.checkpoint import MANIFEST, Checkpoint, atomic_write, folder_name, newest_good
+from digitdist.checkpoint import MANIFEST, Checkpoint, UnreadableCheckpoint, folder_name, newest_good
 from digitdist.config import Config
 from digitdist.distributed import Plan
-from digitdist.runs.attempts import run_of_launchers
-from digitdist.runs.opening import RUN_FILES
+from digitdist.files import atomic_write
+from digitdist.runs.attempts import is_restart, run_of_launchers
+from digitdist.runs.clearing import RUN_FILES
 from digitdist.world import print_main
 
 
@@ -21,12 +23,13 @@ def fetch_run(config: Config, plan: Plan, launchers: list[float]) -> None:
     The main rank's host holds the run; a launcher that restarts may give the main rank to another host.
     """
     world, runs = plan.world, Path(config.run.dir)
-    if not world.several_hosts or config.checkpoint.resume == "never":
+    if not world.several_hosts:
         return
     name = config.run.name or run_of_launchers(runs, launchers)
     stored = None
-    if name and world.local_rank == 0:
-        stored = newest_good(runs / name / "checkpoints", lambda _: None)
+    if name and world.local_rank == 0 and (config.checkpoint.resume != "never" or is_restart(runs / name, launchers)):
+        with contextlib.suppress(UnreadableCheckpoint):  # the main rank tells of its own
+            stored = newest_good(runs / name / "checkpoints", lambda _: None)
     views = gather_object([(stored.step if stored else -1, name, platform.node())])
     holder = max(range(world.size), key=lambda rank: (views[rank][0], -rank))
     step, name, host = views[holder]

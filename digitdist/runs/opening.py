@@ -2,124 +2,209 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import platform
 import secrets
+import shlex
 import shutil
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from digitdist.checkpoint import Checkpoint, DamagedCheckpoint, atomic_write, newest_good, read
-from digitdist.config import Config, as_dict, dump_config, result_changes
+from digitdist.checkpoint import Checkpoint, DamagedCheckpoint, UnreadableCheckpoint, newest_good, read
+from digitdist.config import KEYS, Config, as_dict, dump_config, load_stored_config, result_changes
 from digitdist.data import Splits
-from digitdist.distributed import Plan
-from digitdist.errors import UserError
+from digitdist.distributed import Plan, heartbeat_size
+from digitdist.errors import UserError, in_one_line
+from digitdist.files import atomic_write, remove
 from digitdist.runs.attempts import (
+    Attempt,
     check_progress,
     describe_environment,
+    is_restart,
     read_attempts,
     run_of_launchers,
+    slurm_start,
     take_in_heartbeats,
     write_attempts,
 )
-from digitdist.runs.folder import DATA_SET, ENVIRONMENT, PREDICTIONS, RESULT, Run
-from digitdist.runs.metrics import METRICS, truncate_metrics
+from digitdist.runs.clearing import LOCK, begin_anew, move_aside, remove_temporary, set_aside
+from digitdist.runs.finding import read_info
+from digitdist.runs.finished import is_finished
+from digitdist.runs.folder import DATA_SET, PREDICTIONS, RESULT, Run
+from digitdist.runs.metrics import truncate_metrics
 from digitdist.runs.origin import mark_run
 from digitdist.world import print_main
 
-RUN_FILES = (METRICS, RESULT, PREDICTIONS, ENVIRONMENT, DATA_SET, "trace.json")
+Fit = Callable[[Checkpoint], tuple[Checkpoint, list[str]]]
 
 
-def open_run(config: Config, plan: Plan, splits: Splits, last_step: int, launchers: list[float]) -> Run:
+def keep_all(stored: Checkpoint) -> tuple[Checkpoint, list[str]]:
+    """Takes a checkpoint as it is."""
+    return stored, []
+
+
+def open_run(config: Config, plan: Plan, splits: Splits, last_step: int, launchers: list[float], fit: Fit = keep_all) -> Run:
     """Opens the run's folder on the main rank: locks it, finds what to resume, truncates the metrics to it.
 
-    `launchers` are the start times of the launchers of all ranks, by which restarted workers find their run.
+    `launchers` are the start times of the launchers of all ranks, by which restarted workers find their run. `fit` gives what
+    of a checkpoint is resumed, and lines about what is not, before a file of the run is touched.
 
     Raises:
-        UserError: another training works in the folder, or the run cannot be resumed with this configuration.
+        UserError: another training works in the folder, it cannot be written, or the run cannot be resumed with this
+            configuration; a folder that was not there before is not there then either.
         Stopped, Fault: a launcher has restarted the run in vain.
     """
     runs = Path(config.run.dir)
-    folder = runs / (config.run.name or run_of_launchers(runs, launchers) or _name_from_time(runs))
-    run = Run(folder, platform.node(), token=secrets.token_hex(8), lock=_lock(folder))
+    name = config.run.name or run_of_launchers(runs, launchers)
+    is_new, lock, folder = not name or not (runs / name).exists(), None, runs
     try:
-        _resume_or_begin(run, config, plan, splits, last_step, launchers)
-    except BaseException:
-        run.close()
+        folder = runs / name if name else _make_folder_named_by_time(runs)
+        lock = _lock(folder)
+        run = Run(folder, platform.node(), token=secrets.token_hex(8), lock=lock)
+        _resume_or_begin(run, config, plan, splits, last_step, launchers, fit)
+        return run
+    except BaseException as error:
+        if lock:  # or the folder may by now be another training's
+            if is_new:
+                shutil.rmtree(folder, ignore_errors=True)
+            lock.release()
+        if isinstance(error, OSError):
+            what = f"{error.filename or folder}: {error.strerror or error}"
+            raise UserError(f"run.dir={runs}: {what}; make room or give permission there, or give another run.dir") from None
         raise
-    return run
 
 
-def _resume_or_begin(run: Run, config: Config, plan: Plan, splits: Splits, last_step: int, launchers: list[float]) -> None:
-    folder = run.folder
-    if config.checkpoint.resume == "never":
-        _clear(folder)
-    run.stored = _find_checkpoint(run, config.checkpoint.resume)
+def _make_folder_named_by_time(runs: Path) -> Path:
+    runs.mkdir(parents=True, exist_ok=True)
+    name = datetime.now().strftime("%Y%m%d-%H%M%S")
+    for folder in (runs / name, *(runs / f"{name}-{i}" for i in range(2, 1000))):
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:  # a training that was started in the same second
+            continue
+    raise FileExistsError(f"{runs / name}-999")
+
+
+def _lock(folder: Path) -> FileLock:
+    """The lock of a run's folder, which is made; it ends with this process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    move_aside(folder, [LOCK])
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        raise UserError(f"{folder}: another training works in this run; wait for it, or give another run.name") from None
+    return lock
+
+
+def _resume_or_begin(
+    run: Run, config: Config, plan: Plan, splits: Splits, last_step: int, launchers: list[float], fit: Fit
+) -> None:
+    """Everything that can be refused is refused before a file is touched."""
+    folder, training = run.folder, _training_id(config, plan, splits)
+    restarted = is_restart(folder, launchers)
+    never = config.checkpoint.resume == "never" and not restarted  # it acts once a launch
+    run.stored = None if never else _find_checkpoint(run, config.checkpoint.resume)
     if run.stored:
         _check_unchanged(config, plan, splits, run.stored)
-        run.finished = run.stored.step >= last_step and (folder / RESULT).is_file()
-        if run.finished:
-            return
-        for name in (RESULT, PREDICTIONS):  # of an end that is now passed
-            (folder / name).unlink(missing_ok=True)
-    _begin_attempt(run, plan, launchers)
+        run.finished = run.stored.step >= last_step and _is_own(run) and is_finished(folder, run.stored, print_main)
+        run.stored, lines = (run.stored, []) if run.finished else fit(run.stored)
+        for line in lines:
+            print_main(line)
+    move_aside(folder)
     config.run.name = folder.name
+    if run.finished:
+        _mend_configuration(folder, config, splits)
+        return
+    remove_temporary(folder)
+    attempts = read_attempts(folder, print_main)
+    take_in_heartbeats(folder, attempts)
+    if not restarted and run.stop_file.exists():
+        print_main(f"{run.stop_file} was there before this start, and is removed; to stop the run, make it again")
+        remove(run.stop_file)
+    is_same = not never and attempts and attempts[-1].get("training") == training
+    if _is_own(run) if run.stored else is_same:
+        _continue(run)
+    else:
+        begin_anew(folder, with_checkpoints=never)
+        attempts = []
+    _begin_attempt(run, plan, attempts, launchers, training)
+    auto = " and checkpoint.resume=auto" if config.checkpoint.resume == "never" else ""
+    run.resuming = f"run the same command again with {shlex.quote(f'run.name={folder.name}')}{auto}"
+    _write_configuration(folder, config, splits)
+
+
+def _write_configuration(folder: Path, config: Config, splits: Splits) -> None:
     atomic_write(folder / "config.yaml", dump_config(config))
     atomic_write(folder / DATA_SET, splits.info.to_json().encode() + b"\n")
     mark_run(folder)
 
 
-def _begin_attempt(run: Run, plan: Plan, launchers: list[float]) -> None:
-    attempts = read_attempts(run.folder)
-    take_in_heartbeats(run.folder, attempts)
+def _mend_configuration(folder: Path, config: Config, splits: Splits) -> None:
+    """Writes again how a finished run was trained, where that is damaged or missing."""
+    try:
+        read_info(folder, load_stored_config(folder / "config.yaml").data)
+    except UserError as damage:
+        print_main(f"{in_one_line(damage)}: config.yaml and {DATA_SET} are made again")
+        _write_configuration(folder, config, splits)
+
+
+def _is_own(run: Run) -> bool:
+    """Whether what is resumed is a checkpoint of the run itself."""
+    return bool(run.stored and run.stored.folder and run.stored.folder.parent.resolve() == run.checkpoints.resolve())
+
+
+def _continue(run: Run) -> None:
+    """Removes what the training that is resumed is to make again."""
+    step = run.stored.step if run.stored else -1
+    set_aside(run.checkpoints, after=step)
+    truncate_metrics(run.folder, step, print_main)
+    for name in (RESULT, PREDICTIONS):  # of an end that is now passed
+        remove(run.folder / name)
+
+
+def _begin_attempt(run: Run, plan: Plan, attempts: list[Attempt], launchers: list[float], training: str) -> None:
     write_attempts(run.folder, attempts)
     check_progress(run.folder, attempts, launchers, plan.world.size)
     run.wandb_id = attempts[0]["wandb_id"] if attempts else os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
     step = run.stored.step if run.stored else 0
-    truncate_metrics(run.folder, step if run.stored else -1)
-    own = {"step": step, "wandb_id": run.wandb_id, "launchers": launchers}
+    own = {"step": step, "wandb_id": run.wandb_id, "launchers": launchers, "slurm": slurm_start(), "training": training}
     write_attempts(run.folder, [*attempts, describe_environment(plan) | own])
-    (run.folder / run.heartbeat_name).touch()
-
-
-def _lock(folder: Path) -> FileLock:
-    """The lock of a run's folder, which is made; it ends with this process."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock")
-        lock.acquire(timeout=1)
-    except Timeout:
-        raise UserError(f"{folder}: another training works in this run; wait for it, or give another run.name") from None
-    except OSError as error:
-        raise UserError(f"run.dir: {error.filename}: {error.strerror}; give a folder you can write to") from None
-    return lock
-
-
-def _name_from_time(runs: Path) -> str:
-    name = datetime.now().strftime("%Y%m%d-%H%M%S")
-    return next(n for n in (name, *(f"{name}-{i}" for i in range(2, 1000))) if not (runs / n).exists())
-
-
-def _clear(folder: Path) -> None:
-    """Removes what an earlier training has left in the folder of a run that starts over."""
-    for name in ("checkpoints", "wandb", "plots"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    for name in RUN_FILES:
-        (folder / name).unlink(missing_ok=True)
+    # Whole, since to write to a page of memory for which the disk has no room ends a process.
+    (run.folder / run.heartbeat_name).write_bytes(bytes(heartbeat_size(plan.world)))
 
 
 def _find_checkpoint(run: Run, resume: str) -> Checkpoint | None:
-    """The newest good checkpoint of the run, else the one that `checkpoint.resume` names: a folder, or a run's."""
-    stored = newest_good(run.checkpoints, print_main)
-    if stored or resume in ("auto", "never"):
-        return stored
+    """What is resumed: the newest good checkpoint of the run, unless `resume` names a folder, a run's or a checkpoint's, from
+    which that one does not come.
+
+    Raises:
+        UserError: there is no good checkpoint in that folder, or those of the run cannot be read at this moment.
+    """
+    try:
+        own = newest_good(run.checkpoints, print_main)
+    except UnreadableCheckpoint as damage:
+        raise UserError(f"{damage}; make it readable, or set checkpoint.resume=never to start over") from None
+    if resume in ("auto", "never"):
+        return own
     path = Path(resume)
+    if own and _is_same(own.state.get("config", {}).get("checkpoint.resume"), path):
+        return own  # this very command has begun from there, and come further
     try:
         return newest_good(path / "checkpoints", print_main) or read(path)
     except DamagedCheckpoint as damage:
         raise UserError(f"checkpoint.resume={path}: {damage}; give auto, never or a good checkpoint's folder") from None
+
+
+def _is_same(resumed: object, path: Path) -> bool:
+    """Whether the value that `checkpoint.resume` had is this folder."""
+    return isinstance(resumed, str) and Path(resumed).resolve() == path.resolve()
 
 
 def _check_unchanged(config: Config, plan: Plan, splits: Splits, stored: Checkpoint) -> None:
@@ -132,3 +217,10 @@ def _check_unchanged(config: Config, plan: Plan, splits: Splits, stored: Checkpo
     if differences and not config.checkpoint.allow_change:
         advice = "set it back, give another run.name, or set checkpoint.allow_change=true"
         raise UserError(*(f"{stored.folder}: {difference}; {advice}" for difference in differences))
+
+
+def _training_id(config: Config, plan: Plan, splits: Splits) -> str:
+    """The same for two trainings that end at the same weights: by configuration, effective precision and data."""
+    values = {name: value for name, value in as_dict(config).items() if KEYS[name].alters_result_in(config.sync.mode)}
+    values |= {"train.precision": plan.precision, "data": splits.sha256}
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -14,7 +14,7 @@ from digitdist.sync.ddp import Ddp
 from digitdist.sync.exact import Exact
 from digitdist.sync.local import Local
 from digitdist.sync.loss import TrainingLoss
-from digitdist.sync.strategy import Phase, StepStats, Strategy, check_finite
+from digitdist.sync.strategy import OF_A_RANK, Phase, StepStats, Strategy, check_finite
 
 Build = Callable[[Accelerator, TrainingLoss, Phase, Config], Strategy]
 STRATEGIES: dict[str, Build] = {"ddp": Ddp, "exact": Exact, "local": Local}
@@ -35,4 +35,4 @@ def build_strategy(
     return STRATEGIES[config.sync.mode](accelerator, loss, phase, config)
 
 
-__all__ = ["STRATEGIES", "StepStats", "Strategy", "build_strategy", "check_finite"]
+__all__ = ["OF_A_RANK", "STRATEGIES", "StepStats", "Strategy", "build_strategy", "check_finite"]

@@ -116,7 +116,7 @@ class Ddp(SynchronousStrategy):
             self._with_all_parameters(module(self.empty, 0, 1.0, 0.0)).backward()
             module.zero_grad()
 
-    def broadcast_buffers(self, networks: Sequence[nn.Module]) -> None:
+    def make_equal(self, networks: Sequence[nn.Module], step: int) -> None:
         """Sends rank 0's buffers to all ranks, as DistributedDataParallel would before each forward. Collective.
 
         BatchNorm's running statistics do not enter training, so it is enough to do it before they are used.
@@ -131,7 +131,7 @@ class Ddp(SynchronousStrategy):
         own = {f"{name}.{n}": t for name in POWERSGD_MEMORY for n, t in getattr(self.powersgd, f"{name}_dict").items()}
         return gather_state("powersgd", own | {"iter": torch.tensor(self.powersgd.iter)})
 
-    def restore(self, stored: dict[str, Tensors], optimizer: torch.optim.Optimizer) -> None:
+    def restore(self, stored: dict[str, Tensors], optimizer: torch.optim.Optimizer, networks: Sequence[nn.Module]) -> None:
         """Restores what `state` returned; on another world size PowerSGD starts without memory."""
         own = own_state("powersgd", stored, self.rank, self.world_size)
         if self.powersgd is None or own is None:

@@ -93,7 +93,7 @@ class Exact(SynchronousStrategy):
             parameter.grad = gradient.to(parameter.dtype)
             offset += parameter.numel()
 
-    def broadcast_buffers(self, networks: Sequence[nn.Module]) -> None:
+    def make_equal(self, networks: Sequence[nn.Module], step: int) -> None:
         """Nothing to do: every rank has folded the same statistics."""
 
 

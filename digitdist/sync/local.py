@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -18,22 +17,10 @@ from digitdist.model_state import transient_buffers
 from digitdist.optim import load_state_tensors, state_tensors
 from digitdist.sync.loss import TrainingLoss, stats_tensor
 from digitdist.sync.messages import pack, unpack
+from digitdist.sync.rounds import Exchange, Round, named_tensors
 from digitdist.sync.strategy import Phase, StepStats, Strategy, check_finite, gather_state, own_state
 
 SCALER_MEMORY = ("scale", "_growth_tracker")  # of a GradScaler's state, what changes from step to step
-
-
-@dataclass
-class Exchange:
-    """What a rank has sent at the end of a round, until the sum over all ranks is taken in."""
-
-    parts: list[Tensor]  # of each weight: global - this rank's; then the other tensors, the loss and the request to stop
-    messages: dict[torch.dtype, Tensor]  # what has been sent of them
-    networks: Sequence[nn.Module]
-    sent: list[Tensor]  # this rank's weights, then the other tensors, as they were then
-    losses: list[Tensor]
-    num_images: int
-    work: list[dist.Work]
 
 
 class Local(Strategy):
@@ -46,6 +33,9 @@ class Local(Strategy):
     With `sync.overlap` a rank trains on while the differences are exchanged, and takes them in at the end of the next round:
     its weights are then the global ones plus what it has done meanwhile (Douillard et al., Streaming DiLoCo, 2025, with one
     fragment).
+
+    Where weights are evaluated or saved, also within a round, ranks take in what they have done so far, and go back to what
+    they had when they train on: neither has an influence on the training.
     """
 
     def __init__(self, accelerator: Accelerator, loss: TrainingLoss, phase: Phase, config: Config):
@@ -64,13 +54,15 @@ class Local(Strategy):
         )
         self.num_images, self.stop = 0, False  # of all ranks in this round; whether this rank was asked to stop
         self.exchange: Exchange | None = None
+        self.own: Round | None = None  # where this rank goes on, while its weights are made equal to the others'
 
     @property
-    def in_flight(self) -> bool:
-        return self.exchange is not None
+    def ranks_differ(self) -> bool:
+        return self.exchange is not None or self.num_images > 0
 
     def compute_gradients(self, batch: Batch, count: int, step: int, stop: bool) -> None:
         """The gradient of the mean loss over this rank's share; zeros for an empty one. See `Strategy`. Not collective."""
+        self._train_on()
         for micro_batch in self.loss.micro_batches(batch, self.sharding, count):
             self.phase("forward")
             with self.accelerator.autocast():
@@ -82,31 +74,64 @@ class Local(Strategy):
         self.num_images, self.stop = self.num_images + count, stop
 
     def sync_round(self, networks: Sequence[nn.Module], step: int, make_equal: bool, look: bool) -> StepStats | None:
-        """Exchanges this round's differences, if the round ends here. Collective then: every rank must call it.
+        """Exchanges this round's differences, if the round ends here. Collective then, and with `make_equal`.
 
-        The loss in its stats is the mean over all images of a round: this one or, with `sync.overlap`, the one before; None
-        where there is none. With `make_equal` this round is taken in at once. A moving average is averaged like a buffer.
+        The loss in its stats is the mean over all images of a round: this one so far or, with `sync.overlap`, the one before;
+        None where there is none. A moving average is averaged like a buffer.
 
         Raises:
             Fault: with `look`, a loss is not finite; no rank has taken in the weights that it made.
         """
-        if not self.synchronises(step, make_equal):
-            return None
-        self.phase("sync")
-        earlier = self._take_in(step, look)
-        self._send(networks)
-        if self.overlap and not make_equal:
-            return earlier
-        stats = self._take_in(step, look)
-        if stats is None or earlier is None:
-            return stats
-        return StepStats(stats.loss, stats.stop_requests + earlier.stop_requests)
+        stats = None
+        if not step % self.every:
+            self.phase("sync")
+            stats = self._take_in(step, look)
+            self._send(networks)
+            if not self.overlap:
+                stats = _both(stats, self._take_in(step, look))
+        return _both(stats, self._lend(networks, step, look)) if make_equal else stats
 
     def synchronises(self, step: int, make_equal: bool) -> bool:
         return make_equal or not step % self.every
 
-    def drain(self, step: int) -> None:
-        self._take_in(step, look=True)
+    def make_equal(self, networks: Sequence[nn.Module], step: int) -> None:
+        """See `Strategy`. Buffers that are not averaged at the end of a round are rank 0's."""
+        self._lend(networks, step, look=True)
+        if self.world_size > 1:
+            named = [item for network in networks for item in network.named_buffers()]
+            broadcast_tensors([buffer for name, buffer in named if name in self.not_averaged])
+
+    def _lend(self, networks: Sequence[nn.Module], step: int, look: bool) -> StepStats | None:
+        """Ends the round here, until ranks train on; nothing where it is so already. Collective."""
+        if self.own is not None:
+            return None
+        self.phase("sync")
+        self.own = self._round(networks)
+        stats = self._take_in(step, look)
+        if self.num_images:
+            self._send(networks)
+            stats = _both(stats, self._take_in(step, look))
+        return stats
+
+    def _round(self, networks: Sequence[nn.Module]) -> Round:
+        """Where this rank is in its round, as copies."""
+        values = {name: tensor.detach().clone() for name, tensor in named_tensors(networks).items()}
+        params = [parameter.clone() for parameter in self.global_params]
+        momentum = {name: value.clone() for name, value in state_tensors(self.outer_optimizer).items()}
+        return Round(networks, values, params, momentum, self.own_losses, self.num_images, self.exchange)
+
+    @torch.no_grad()
+    def _train_on(self) -> None:
+        """Goes back to where this rank was before its weights were made equal to the others'."""
+        own, self.own = self.own, None
+        if own is None:
+            return
+        for name, tensor in named_tensors(own.networks).items():
+            tensor.copy_(own.values[name])
+        for parameter, value in zip(self.global_params, own.global_params, strict=True):
+            parameter.copy_(value)
+        load_state_tensors(self.outer_optimizer, own.momentum)
+        self.own_losses, self.num_images, self.exchange = own.losses, own.num_images, own.exchange
 
     @torch.no_grad()
     def _send(self, networks: Sequence[nn.Module]) -> None:
@@ -126,8 +151,7 @@ class Local(Strategy):
         exchange, self.exchange = self.exchange, None
         if exchange is None:
             return None
-        for work in exchange.work:
-            work.wait()
+        exchange.wait()
         *sums, told = unpack(exchange.messages, exchange.parts)
         stats = self._read(told, exchange, step) if look else None
         means = [part / self.world_size for part in sums]
@@ -155,28 +179,38 @@ class Local(Strategy):
         kept = (t for name, t in named if name not in self.not_averaged and isinstance(t, Tensor) and t.is_floating_point())
         return list({id(tensor): tensor for tensor in kept}.values())
 
-    def broadcast_buffers(self, networks: Sequence[nn.Module]) -> None:
-        """Sends rank 0's buffers to all ranks, but for those that are averaged at the end of each round. Collective."""
-        if self.world_size > 1:
-            named = [item for network in networks for item in network.named_buffers()]
-            broadcast_tensors([buffer for name, buffer in named if name in self.not_averaged])
-
     def state(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensors]:
         """The outer momentum, and the optimizer and fp16's loss scale of each rank, which differ. Collective."""
         groups = {"outer": state_tensors(self.outer_optimizer)} | gather_state("optimizer", state_tensors(optimizer))
         if self.accelerator.scaler:
             own = self.accelerator.scaler.state_dict()
             groups |= gather_state("scaler", {name: torch.tensor(own[name]) for name in SCALER_MEMORY})
+        if self.own is not None:
+            groups |= {"round": self.own.shared_tensors()} if self.own.is_open else {}
+            own = gather_state("round", self.own.own_tensors())
+            groups |= own if any(own.values()) else {}
         return groups
 
-    def restore(self, stored: dict[str, Tensors], optimizer: torch.optim.Optimizer) -> None:
-        """Restores what `state` returned; on another world size every rank resumes with the main rank's optimizer and scale."""
-        for ours, own in zip(self.global_params, self.parameters, strict=True):
-            ours.copy_(own.detach())
-        load_state_tensors(self.outer_optimizer, stored.get("outer", {}))
+    def restore(self, stored: dict[str, Tensors], optimizer: torch.optim.Optimizer, networks: Sequence[nn.Module]) -> None:
+        """Restores what `state` returned. On another world size every rank resumes at the end of the round, with the main
+        rank's optimizer and scale."""
         theirs = own_state("optimizer", stored, self.rank, self.world_size)
         if theirs is not None:
             load_state_tensors(optimizer, theirs)
         scaler, own_scale = self.accelerator.scaler, own_state("scaler", stored, self.rank, self.world_size)
         if scaler and own_scale is not None:
             scaler.load_state_dict(scaler.state_dict() | {name: value.item() for name, value in own_scale.items()})
+        self.own = self._round(networks)
+        self.own.global_params = [parameter.detach().clone() for parameter in self.parameters]
+        self.own.momentum = stored.get("outer", {})
+        own = own_state("round", stored, self.rank, self.world_size)
+        if own is not None:
+            self.own.restore(stored.get("round", {}), own, like=[*self.global_params, *self._averaged(networks)])
+        self._train_on()
+
+
+def _both(earlier: StepStats | None, later: StepStats | None) -> StepStats | None:
+    """The later loss, and the requests to stop of both."""
+    if earlier is None or later is None:
+        return later or earlier
+    return StepStats(later.loss, earlier.stop_requests + later.stop_requests)

@@ -17,6 +17,7 @@ from digitdist.data import Batch, Sharding
 from digitdist.errors import Fault
 from digitdist.sync.loss import TrainingLoss
 
+OF_A_RANK = "-rank-"  # in the name of a group of a checkpoint that is one rank's own
 Phase = Callable[..., None]  # begins a phase of a step, now or at the time in its second argument
 
 
@@ -60,8 +61,8 @@ class Strategy(ABC):
                 parameter.grad = torch.zeros_like(parameter)
 
     @property
-    def in_flight(self) -> bool:
-        """Whether ranks exchange in the background, so that their weights differ."""
+    def ranks_differ(self) -> bool:
+        """Whether ranks go on by themselves, so that their weights differ."""
         return False
 
     @abstractmethod
@@ -81,24 +82,22 @@ class Strategy(ABC):
         """Called after each update, for strategies that synchronise only now and then. Collective.
 
         `networks` are the model and, if there is one, its moving average; with `make_equal` all ranks must end with equal
-        weights, since they are evaluated or saved. Without `look` no host waits for its device, and no stats are returned.
+        weights until they train on, since they are evaluated or saved. Without `look` no host waits for its device, and no
+        stats are returned.
         """
 
     @abstractmethod
-    def drain(self, step: int) -> None:
-        """Waits for what ranks exchange in the background, and takes it in. Collective."""
-
-    @abstractmethod
-    def broadcast_buffers(self, networks: Sequence[nn.Module]) -> None:
-        """Makes all buffers equal on all ranks, before they are evaluated or saved. Collective."""
+    def make_equal(self, networks: Sequence[nn.Module], step: int) -> None:
+        """Makes weights and buffers equal on all ranks until they train on, before they are evaluated or saved. It has no
+        influence on what is trained. Collective."""
 
     @abstractmethod
     def state(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensors]:
-        """What a checkpoint needs beside weights and the main rank's optimizer: groups of tensors. Collective."""
+        """What a checkpoint needs beside the equal weights and the main rank's optimizer: groups of tensors. Collective."""
 
     @abstractmethod
-    def restore(self, stored: dict[str, Tensors], optimizer: torch.optim.Optimizer) -> None:
-        """Restores what `state` returned."""
+    def restore(self, stored: dict[str, Tensors], optimizer: torch.optim.Optimizer, networks: Sequence[nn.Module]) -> None:
+        """Restores what `state` returned, after all else is restored."""
 
 
 class SynchronousStrategy(Strategy):
@@ -110,13 +109,10 @@ class SynchronousStrategy(Strategy):
     def sync_round(self, networks: Sequence[nn.Module], step: int, make_equal: bool, look: bool) -> StepStats | None:
         return None
 
-    def drain(self, step: int) -> None:
-        pass
-
     def state(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensors]:
         return {}
 
-    def restore(self, stored: dict[str, Tensors], optimizer: torch.optim.Optimizer) -> None:
+    def restore(self, stored: dict[str, Tensors], optimizer: torch.optim.Optimizer, networks: Sequence[nn.Module]) -> None:
         pass
 
 
@@ -139,10 +135,10 @@ def check_finite(stats: StepStats, own_losses: Sequence[Tensor], step: int) -> N
 def gather_state(name: str, own: Tensors) -> dict[str, Tensors]:
     """Each rank's `own` tensors as groups of a checkpoint. Collective: every rank must call it."""
     gathered = gather_object([{key: tensor.cpu() for key, tensor in own.items()}])
-    return {f"{name}-rank-{rank}": theirs for rank, theirs in enumerate(gathered)}
+    return {f"{name}{OF_A_RANK}{rank}": theirs for rank, theirs in enumerate(gathered)}
 
 
 def own_state(name: str, stored: dict[str, Tensors], rank: int, world_size: int) -> Tensors | None:
     """This rank's group of those that `gather_state` returned; None if there were not as many ranks as now."""
-    groups = [group for group in stored if group.startswith(f"{name}-rank-")]
-    return dict(stored[f"{name}-rank-{rank}"]) if len(groups) == world_size else None
+    groups = [group for group in stored if group.startswith(f"{name}{OF_A_RANK}")]
+    return dict(stored[f"{name}{OF_A_RANK}{rank}"]) if len(groups) == world_size else None

@@ -70,9 +70,10 @@ class MovingAverage:
         return {"ema": model_state(self.eval_model)}
 
     def restore(self, stored: dict[str, Tensors], step: int) -> None:
-        load_model_state(self.eval_model, stored["ema"])
+        """Takes over the stored average; without one the weights, as they are restored, are the average of the next step."""
+        load_model_state(self.eval_model, stored.get("ema", model_state(self.model)))
         load_transient_buffers(self.eval_model, stored.get("transient", {}))
-        self.begun = step > 0
+        self.begun = step > 0 and "ema" in stored
 
 
 def build_average(model: nn.Module, decay: float) -> MovingAverage | NullAverage:

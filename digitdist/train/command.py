@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from digitdist.distributed import (
 from digitdist.errors import Fault, PeerFailed, Stopped, UserError
 from digitdist.runs import RESULT, Run, fetch_run, open_run, record_end
 from digitdist.train.display import first_lines
+from digitdist.train.resuming import fitting
 from digitdist.train.setup import Setup, prepare
 from digitdist.train.trainer import Trainer
 from digitdist.world import is_main, print_main
@@ -94,7 +96,8 @@ def train_setup(setup: Setup, closing: contextlib.ExitStack) -> Path:
     accelerator = start_accelerator(config, plan)
     launchers = sorted({time for time in gather_object([launcher_start_time()]) if time})
     fetch_run(config, plan, launchers)
-    run = run_on_main(accelerator, lambda: open_run(config, plan, setup.splits, setup.last_step, launchers))
+    fit = partial(fitting, setup)
+    run = run_on_main(accelerator, lambda: open_run(config, plan, setup.splits, setup.last_step, launchers, fit))
     closing.callback(run.close)
     if run.finished and run.stored:
         step = run.stored.step
@@ -128,7 +131,7 @@ def failures_named(heartbeat: Heartbeat, run: Run, timeout_s: float) -> Iterator
     def report(failed: FailedRank) -> None:
         if failed.reported_here:
             record_end(run.folder, fault=failed.description)
-            line = f"fault: {failed.description}; the run ends, and the same command resumes it"
+            line = f"fault: {failed.description}; the run ends; to resume it, {run.resuming}"
             print(line, file=sys.stderr, flush=True)
 
     watch = PeerWatch(heartbeat, timeout_s, report)

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from digitdist.checkpoint import atomic_write, folder_name, weights_sha256
+from digitdist.checkpoint import folder_name, weights_sha256
 from digitdist.data import AnySet, displayable
 from digitdist.evaluate import Evaluation, save_predictions
+from digitdist.files import atomic_write, remove
 from digitdist.model_state import model_state
 from digitdist.optim import norm
 from digitdist.runs import PREDICTIONS, RESULT, Media, Run, confusion_chart, image_table, record_end, start_tracker
@@ -82,13 +83,14 @@ class Recorder:
         self.tracker.log(values, self.state.step, self.epoch, {"test/confusion": chart})
         self.display.test(self.epoch, results["test"])
 
-    def stop(self) -> None:
-        """Records that the run was asked to stop, and is saved."""
+    def stop(self) -> bool:
+        """Records on the main rank that the run was asked to stop and is saved; returns whether the file STOP asked for it."""
         self.display.close()
-        if self.is_main:
-            self.run.stop_file.unlink(missing_ok=True)
-            record_end(self.run.folder, stopped=True)
-            self.tracker.finish({})
+        by_file = self.run.stop_file.exists()
+        remove(self.run.stop_file)
+        record_end(self.run.folder, stopped=True)
+        self.tracker.finish({})
+        return by_file
 
     def close(self) -> None:
         """Ends bar, profile and tracking of a training that has failed or was stopped, in a process that goes on."""
@@ -105,6 +107,7 @@ class Recorder:
         record = self._result(result, memory)
         save_predictions(result, self.run.folder / PREDICTIONS)
         atomic_write(self.run.folder / RESULT, json.dumps(record, indent=1).encode() + b"\n")
+        remove(self.run.stop_file)  # of a request that came too late
         images, seconds = self.order.images_seen(self.state.step), self.state.train_seconds
         self.display.print(f"\n{self.data_set} test: {result}")
         if seconds:

@@ -84,14 +84,16 @@ class TrainingState:
             )
 
     def restore(self, stored: Checkpoint, is_main: bool) -> None:
-        """Takes over what is stored; every rank has read it."""
+        """Takes over what is stored, of which `resuming.fitting` has left what fits; every rank has read it."""
         load_model_state(self.model, stored.tensors["model"])
         load_transient_buffers(self.model, stored.tensors.get("transient", {}))
-        load_state_tensors(self.optimizer, stored.tensors["optimizer"])
-        if self.scaler and "scaler" in stored.state:
+        if "optimizer" in stored.tensors:
+            load_state_tensors(self.optimizer, stored.tensors["optimizer"])
+        if self.scaler and stored.state.get("scaler"):
             self.scaler.load_state_dict(stored.state["scaler"])
-        self.strategy.restore(stored.tensors, self.optimizer)  # after the main rank's: in local mode each rank has its own
         self.average.restore(stored.tensors, stored.step)
+        # After what is the main rank's: in local mode each rank has its own.
+        self.strategy.restore(stored.tensors, self.optimizer, self.average.networks)
         self.loss_history.restore(stored.tensors, is_main)
         self.step, self.earlier_seconds, self.best = stored.step, stored.state["train_seconds"], stored.state["best"]
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor
+from torch import Tensor, nn
 
-from digitdist.checkpoint import DamagedCheckpoint, folder_name, write
+from digitdist.checkpoint import Checkpoint, DamagedCheckpoint, folder_name, write
 from digitdist.data import Batch, TrainingSampler, prepare_loader
 from digitdist.distributed import Heartbeat, StopRequest, check_equal, peak_memory_mb, run_on_main
 from digitdist.errors import Fault, Stopped
 from digitdist.evaluate import Evaluation, chunked_loader, evaluate
+from digitdist.files import sync
 from digitdist.model_state import model_state
 from digitdist.optim import learning_rate, set_learning_rate
-from digitdist.runs import Run
+from digitdist.runs import METRICS, Run
 from digitdist.sync import StepStats, check_finite
 from digitdist.train.cadence import Cadence
 from digitdist.train.recorder import Recorder
@@ -43,6 +44,7 @@ class Trainer:
         if run.stored:
             self.state.restore(run.stored, self.is_main)
         self.synced_step = self.step
+        self.is_unsaved = False  # whether the last checkpoint could not be written
         self.result: Evaluation | None = None  # of the last evaluation on the test images
 
         self.sampler = TrainingSampler(self.order, self.strategy.shardings, self.splits.train.indices.device)
@@ -65,7 +67,7 @@ class Trainer:
             Fault: the loss is not finite (no weight and no checkpoint has seen it), fp16 takes no step any more, the ranks'
                 weights differ, or the last checkpoint cannot be written.
         """
-        if self.config.sync.check_every:
+        if self.config.sync.check_every and not self.strategy.ranks_differ:
             self._check_weights()
         for batch in self.batches():
             stats = self.train_step(batch)
@@ -111,7 +113,7 @@ class Trainer:
             self.recorder.measure_gradient()
         self._update()
         stats = self.strategy.sync_round(self.average.networks, step, needs_equal, look) or stats
-        if due.check and stats and not self.strategy.in_flight:
+        if due.check and stats and not self.strategy.ranks_differ:
             self._check_weights()
         self.recorder.step()
         return stats
@@ -153,12 +155,19 @@ class Trainer:
             self.phase("data")
         return self.state.loss_history.ranking()
 
-    def _check_weights(self) -> None:
-        """Compares the weights of all ranks. Collective."""
+    def _check_weights(self, equal: Sequence[nn.Module] = ()) -> None:
+        """Compares the weights of all ranks, and all that the networks hold that have been made `equal`. Collective."""
+        if self.accelerator.num_processes == 1:
+            return
         self.phase("sync")
-        tensors: dict[str, Tensor] = dict(self.state.model.named_parameters())
-        if self.config.sync.mode == "exact":  # in ddp mode a rank's buffers are its own until they are needed
-            tensors |= dict(self.state.model.named_buffers()) | model_state(self.state.model)
+        model, *averages = equal or [self.state.model]
+        tensors: dict[str, Tensor] = dict(model.named_parameters())
+        if equal or self.config.sync.mode == "exact":  # in ddp mode a rank's buffers are its own until they are needed
+            tensors |= dict(model.named_buffers())
+        if self.config.sync.mode == "exact":
+            tensors |= model_state(model)
+        for average in averages:
+            tensors |= {f"{name} of the moving average": tensor for name, tensor in average.state_dict().items()}
         check_equal(tensors, self.step)
 
     def log(self, stats: StepStats) -> None:
@@ -173,6 +182,7 @@ class Trainer:
 
     def evaluate(self) -> bool:
         """Evaluates on held-out and test images; True where the held-out accuracy is the best so far. Collective."""
+        self.strategy.make_equal(self.average.networks, self.step)
         self.phase("eval")
         results = {split: self._evaluate(split) for split in ("validation", "test") if len(getattr(self.splits, split))}
         self.result, best = results["test"], self.state.best
@@ -184,7 +194,6 @@ class Trainer:
         return improved
 
     def _evaluate(self, split: str) -> Evaluation:
-        self.strategy.broadcast_buffers(self.average.networks)
         return evaluate(self.accelerator, self.average.eval_model, self.eval_loaders[split], self.splits.info)
 
     def save(self, last: bool) -> None:
@@ -193,35 +202,46 @@ class Trainer:
         Raises:
             Fault: a weight is not finite, or the `last` checkpoint cannot be written; an earlier one may fail.
         """
-        self.strategy.drain(self.step)
-        self.strategy.broadcast_buffers(self.average.networks)
+        self.strategy.make_equal(self.average.networks, self.step)
+        self._check_weights(self.average.networks)
         self.phase("save")
-        stored, failure = self.state.to_checkpoint(), None
-        if self.is_main:
-            best = folder_name(self.state.best["step"]) if self.state.best else None
-            try:
-                write(self.run.checkpoints, stored, self.config.checkpoint.keep, best, lambda: self.phase("save"))
-            except (OSError, DamagedCheckpoint) as error:
-                failure = str(error)
+        stored = self.state.to_checkpoint()
+        failure = self._write(stored) if self.is_main else None
         if last:
             failure = run_on_main(self.accelerator, lambda: failure)
             if failure:
                 raise Fault(f"the last checkpoint, of step {self.step}, cannot be written: {failure}")
-        elif failure:
+        elif failure and not self.is_unsaved:
             self.recorder.display.print(
                 f"the checkpoint of step {self.step} cannot be written ({failure}); training continues, older ones are kept"
             )
+        elif self.is_unsaved and not failure:
+            self.recorder.display.print(f"the checkpoint of step {self.step} is written again")
+        self.is_unsaved = bool(failure)
+
+    def _write(self, stored: Checkpoint) -> str | None:
+        """Writes a checkpoint; returns why that is not possible, if it is not."""
+        best = folder_name(self.state.best["step"]) if self.state.best else None
+        show = self.recorder.display.print
+        try:
+            if (self.run.folder / METRICS).exists():
+                sync(self.run.folder / METRICS)  # so that no checkpoint is ahead of its lines, even if the host fails
+            write(self.run.checkpoints, stored, self.config.checkpoint.keep, best, lambda: self.phase("save"), show)
+        except (OSError, DamagedCheckpoint) as error:
+            return str(error)
+        return None
 
     def stop(self) -> None:
-        """Ends a run that was asked to stop, after its checkpoint."""
-        self.recorder.stop()
+        """Ends a run that was asked to stop, after its checkpoint. Collective: every rank must call it."""
+        by_file = run_on_main(self.accelerator, self.recorder.stop)
         raise Stopped(
-            f"stopped on request after step {self.step:,}, saved in {self.run.folder};"
-            f" to resume it, run the same command again (with run.name={self.run.folder.name})"
+            f"stopped on request after step {self.step:,}, saved in {self.run.folder}; to resume it, {self.run.resuming}",
+            final=by_file,  # a signal may be a launcher's own, which then starts other workers
         )
 
     def finish(self) -> None:
         """Writes predictions and result. Collective: every rank must call it."""
+        self.strategy.make_equal(self.average.networks, self.step)
         self.phase("eval")
         result = self.result or self._evaluate("test")  # where a restart finds the last step saved
         memory = gather_object([peak_memory_mb(self.accelerator.device)])

@@ -138,7 +138,7 @@ def test_a_rank_is_named_in_time_also_by_ranks_whose_main_thread_waits_in_cpp(
     assert time.time() - last_line < within + 2, "and what the launcher and the last steps take"
     assert done.code == 1
     assert [line for line in done.err.splitlines() if line.startswith("fault:")] == [
-        f"fault: {reported}; the run ends, and the same command resumes it"
+        f"fault: {reported}; the run ends; to resume it, run the same command again with run.name=a"
     ]
 
 

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from digitdist import checkpoint
-from digitdist.checkpoint import Checkpoint, DamagedCheckpoint
+from digitdist.checkpoint import Checkpoint, DamagedCheckpoint, UnreadableCheckpoint
 
 
 def made(step: int) -> Checkpoint:
@@ -99,6 +102,117 @@ def test_every_flipped_bit_of_a_manifest_is_noticed_or_without_effect(tmp_path: 
         except DamagedCheckpoint:
             continue
         assert read.state == wanted.state
+
+
+def test_a_file_that_somebody_adds_does_not_matter(tmp_path: Path):
+    folder = checkpoint.write(tmp_path, made(1), keep=3)
+    (folder / ".DS_Store").write_bytes(b"Bud1")
+    (folder / "notes").mkdir()
+    found = checkpoint.newest_good(tmp_path, pytest.fail)
+    assert found is not None
+    assert found.step == 1
+
+
+def test_only_what_has_the_exact_name_is_a_checkpoint(tmp_path: Path):
+    checkpoint.write(tmp_path, made(10), keep=1)
+    for name in ("step-000000010-keep", "step-10", "step-0000000\u0661\u0660", "step-000000010.bak"):
+        shutil.copytree(tmp_path / "step-000000010", tmp_path / name)
+    before = sorted(tmp_path.iterdir())
+    checkpoint.write(tmp_path, made(2 * 10**9), keep=2)
+    assert checkpoint.folders(tmp_path) == [tmp_path / "step-000000010", tmp_path / "step-2000000000"]
+    checkpoint.write(tmp_path, made(10**10), keep=1)
+    assert sorted(tmp_path.iterdir()) == sorted({*before, tmp_path / "step-10000000000"} - {tmp_path / "step-000000010"})
+
+
+@pytest.fixture
+def unreadable(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Files that cannot be read: what their path contains, with the errno."""
+    failing: dict[str, int] = {}
+    real = os.open
+
+    def fail(path, *arguments, **options):
+        for part, number in failing.items():
+            if part in str(path):
+                raise OSError(number, os.strerror(number), str(path))
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", fail)
+    return failing
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.EMFILE, errno.ESTALE], ids=lambda n: errno.errorcode[n])
+@pytest.mark.parametrize("file", ["manifest.json", "model.safetensors", "state.json"])
+def test_of_what_cannot_be_read_an_older_one_is_taken_and_nothing_removed(
+    tmp_path: Path, unreadable: dict[str, int], file: str, number: int
+):
+    for step in (1, 2):
+        checkpoint.write(tmp_path, made(step), keep=3)
+    said: list[str] = []
+    unreadable[f"step-000000002/{file}"] = number
+    found = checkpoint.newest_good(tmp_path, said.append)
+    assert found is not None
+    assert found.step == 1
+    assert said == [f"skipped a checkpoint: {tmp_path}/step-000000002/{file}: {os.strerror(number)}"]
+    checkpoint.write(tmp_path, made(3), keep=2)
+    assert [checkpoint.step_of(folder) for folder in checkpoint.folders(tmp_path)] == [1, 2, 3]
+    unreadable[f"step-000000001/{file}"] = unreadable[f"step-000000003/{file}"] = number
+    with pytest.raises(UnreadableCheckpoint, match="step-000000003"):
+        checkpoint.newest_good(tmp_path, said.append)
+
+
+def test_one_that_is_removed_while_it_is_read_is_looked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    checkpoint.write(tmp_path, made(1), keep=1)
+    real = checkpoint.read
+
+    def read(folder: Path) -> Checkpoint:
+        if checkpoint.step_of(folder) == 1:
+            checkpoint.write(tmp_path, made(2), keep=1)
+        return real(folder)
+
+    monkeypatch.setattr(checkpoint, "read", read)
+    found = checkpoint.newest_good(tmp_path, pytest.fail)
+    assert found is not None
+    assert found.step == 2
+
+
+def test_an_error_while_old_ones_are_removed_is_no_failure_of_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    checkpoint.write(tmp_path, made(1), keep=1)
+
+    def fail(folder: Path) -> None:
+        raise OSError(errno.EACCES, "Permission denied", str(folder))
+
+    monkeypatch.setattr(shutil, "rmtree", fail)
+    said: list[str] = []
+    folder = checkpoint.write(tmp_path, made(2), keep=1, report=said.append)
+    assert checkpoint.read(folder).step == 2
+    (line,) = said
+    assert "older checkpoints cannot be removed" in line
+
+
+def test_a_file_left_under_the_temporary_name_is_replaced(tmp_path: Path):
+    (tmp_path / ".step-000000001.tmp").write_text("not a folder")
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (tmp_path / ".step-000000002.tmp").symlink_to(outside)
+    for step in (1, 2):
+        checkpoint.write(tmp_path, made(step), keep=3)
+    assert [checkpoint.step_of(folder) for folder in checkpoint.folders(tmp_path)] == [1, 2]
+    assert not [*outside.iterdir()]
+
+
+@pytest.mark.parametrize(
+    "state",
+    [b"[" * 100_000, b"7", b"[]", b"{}", b'{"step": "5"}', b'{"step": true}', b"\xff", b""],
+    ids=["deep", "number", "list", "empty", "text", "bool", "not UTF-8", "nothing"],
+)
+def test_a_state_that_is_none_is_damage_whatever_its_sum_says(tmp_path: Path, state: bytes):
+    folder = checkpoint.write(tmp_path, made(1), keep=3)
+    (folder / "state.json").write_bytes(state)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["state.json"] = {"bytes": len(state), "sha256": hashlib.sha256(state).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DamagedCheckpoint, match="not a checkpoint of this program"):
+        checkpoint.read(folder)
 
 
 @pytest.mark.parametrize("name", ["../outside.json", "/etc/hostname", "a/b"])

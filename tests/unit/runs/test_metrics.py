@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from digitdist.runs import read_metrics
 from digitdist.runs.metrics import truncate_metrics
 from digitdist.runs.tracker import RunTracker
@@ -31,13 +33,44 @@ def test_a_line_cut_short_is_left_out(tmp_path: Path):
     assert [event["step"] for event in read_metrics(tmp_path)] == [1, 2]
 
 
+def test_damaged_lines_are_left_out_and_told(tmp_path: Path):
+    logged(tmp_path, 1, 2)
+    good = (tmp_path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    damaged = [
+        *(b"\n", b"7\n", b"[]\n", b"{}\n", good[0][:-9] + b"\n", bytes(90) + b"\n", b"\xff\n", b"[" * 10**5 + b"\n"),
+        *(b'{"step": "3", "epoch": 1}\n', b'{"step": true, "epoch": 1}\n', b'{"step": 3}\n', b'{"step": 3, "epoch": null}\n'),
+    ]
+    filled_up = bytes(4000) + good[1]
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join([good[0], *damaged, filled_up]))
+    said: list[str] = []
+    truncate_metrics(tmp_path, 2, said.append)
+    assert said == [f"{tmp_path}/metrics.jsonl: {len(damaged)} damaged lines are left out"]
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b"".join(good)
+
+
+def test_a_full_disk_is_told_at_first_and_when_it_is_over(tmp_path: Path):
+    said: list[str] = []
+    tracker = RunTracker(tmp_path, None, said.append)
+    file = tracker._metrics._file
+    with open("/dev/full", "ab", buffering=0) as full:
+        tracker._metrics._file = full
+        for step in range(100):
+            tracker.log({}, step, 0)
+    assert said == ["metrics.jsonl cannot be written now (No space left on device); its lines wait in memory"]
+    tracker._metrics._file = file
+    for step in range(100, 200):
+        tracker.log({}, step, 0)
+    assert said[1:] == ["metrics.jsonl is written again; no line is lost"]
+    assert [event["step"] for event in read_metrics(tmp_path)] == [*range(200)]
+
+
 def test_what_came_after_a_step_is_cut_off(tmp_path: Path):
     logged(tmp_path, 1, 2, 3, 4)
-    truncate_metrics(tmp_path, 2)
+    truncate_metrics(tmp_path, 2, pytest.fail)
     logged(tmp_path, 3)
     assert [event["step"] for event in read_metrics(tmp_path)] == [1, 2, 3]
 
 
 def test_there_is_nothing_to_cut_in_a_new_run(tmp_path: Path):
-    truncate_metrics(tmp_path, -1)
+    truncate_metrics(tmp_path, -1, pytest.fail)
     assert read_metrics(tmp_path) == []
