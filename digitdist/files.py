@@ -82,7 +82,7 @@ def read_plain(file: Path, at_most: int = 16 * MIB) -> bytes:
         return opened.read(at_most)
 
 
-def parse_json(content: bytes) -> Any:
+def parse_json(content: str | bytes) -> Any:
     """The value of a JSON text.
 
     Raises:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
-from helpers.launching import HIDING
+from helpers.launching import HIDING, STATE
 from helpers.wandb_server import Server
 from hypothesis import settings
 
@@ -25,6 +25,7 @@ def pytest_configure(config: pytest.Config) -> None:
     than there may be GPUs, and expect a CPU. Nothing has looked for a GPU until here."""
     if not re.search(r"(?<!not )\bgpu\b", config.option.markexpr):
         os.environ.update(HIDING)
+    os.environ["XDG_STATE_HOME"] = STATE.name
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,7 @@ from digitdist.config.schema import (
     TrackingConfig,
 )
 from digitdist.config.targets import import_target
+from digitdist.config.values import shown
 
 __all__ = [
     "KEYS",
@@ -50,5 +51,6 @@ __all__ = [
     "read_stored_config",
     "result_changes",
     "shipped_configs",
+    "shown",
     "stored_values",
 ]

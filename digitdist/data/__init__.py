@@ -11,6 +11,7 @@ from digitdist.data.loading import known_info, load_splits
 from digitdist.data.loss_history import LOSS_HISTORY, LossHistory, NullLossHistory
 from digitdist.data.mnist_form import mnist_form
 from digitdist.data.order import Order
+from digitdist.data.packaged_mnist import read_mnist
 from digitdist.data.picture import list_pictures, open_picture, read_picture
 from digitdist.data.randomness import derive_seed, seed_generators
 from digitdist.data.sharding import Sharding
@@ -44,6 +45,7 @@ __all__ = [
     "open_picture",
     "picture_form",
     "prepare_loader",
+    "read_mnist",
     "read_picture",
     "seed_generators",
 ]

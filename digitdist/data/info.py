@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from digitdist.files import parse_json
 
@@ -13,6 +14,8 @@ DIGITS = tuple("0123456789")
 FASHION = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 KUZUSHIJI = ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")
 CIFAR = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+ImageForm = Literal["mnist", "resize"]  # how a picture is brought to the form of a data set
+MAX_CLASSES, MAX_SIDE, MAX_LENGTH = 10_000, 10_000, 1000  # that a file may name; a name's length
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class DataSetInfo:
     classes: tuple[str, ...] = DIGITS
     height: int = 28
     width: int = 28
-    image: Literal["mnist", "resize"] = "mnist"
+    image: ImageForm = "mnist"
 
     @property
     def num_classes(self) -> int:
@@ -59,17 +62,38 @@ class DataSetInfo:
         return json.dumps(dataclasses.asdict(self), indent=1)
 
     @classmethod
-    def from_json(cls, text: str) -> DataSetInfo:
+    def from_json(cls, text: str | bytes) -> DataSetInfo:
         """What `to_json` wrote.
 
         Raises:
-            ValueError, TypeError: it is something else.
+            ValueError: it is something else.
         """
-        values = parse_json(text.encode())
-        if not isinstance(values, dict):
-            raise ValueError("it is not an object")
-        whole: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-        return cls(**whole)
+        try:
+            values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in parse_json(text).items()}
+            info = cls(**values)
+            info._check()
+        except (TypeError, AttributeError, OverflowError) as error:
+            raise ValueError(f"it is not the form of a data set: {error}") from None
+        return info
+
+    def _check(self) -> None:
+        """Refuses what no data set has, as a file that anybody may have written can hold anything.
+
+        Raises:
+            ValueError, TypeError: naming what.
+        """
+        texts = isinstance(self.name, str) and isinstance(self.classes, tuple) and all(isinstance(c, str) for c in self.classes)
+        if not texts or not 2 <= len(self.classes) <= MAX_CLASSES or max(map(len, (self.name, *self.classes))) > MAX_LENGTH:
+            raise ValueError(f"it takes a name, and 2 to {MAX_CLASSES:,} classes, as text of at most {MAX_LENGTH:,} characters")
+        sides = self.height, self.width
+        if not all(type(side) is int and 1 <= side <= MAX_SIDE for side in sides):
+            raise ValueError(f"it takes height and width of 1 to {MAX_SIDE:,}")
+        if len(self.mean) != len(self.std) or self.channels not in (1, 3):
+            raise ValueError("it takes a mean and a deviation for 1 or 3 channels")
+        if not all(math.isfinite(value) for value in self.mean + self.std) or min(self.std) <= 0:
+            raise ValueError("it takes finite means, and deviations above 0")
+        if self.image not in get_args(ImageForm):
+            raise ValueError(f"it takes one of {', '.join(get_args(ImageForm))} as image")
 
 
 DATA_SETS = {

@@ -23,6 +23,10 @@ FAINT = 0.12  # ink weaker than this fraction of the full ink is not part of the
 BODY = (0.35, 0.02)  # nor ink weaker than this that lies further, in parts of the picture's side, from where it is stronger
 SPECK = 0.04  # neither is a patch with less than this fraction of the largest patch's ink
 RIM = 0.1  # neither are patches at the picture's rim, where one inside has more than this fraction of the largest's ink
+SPOT, SPOTS_A_DIGIT = (
+    0.04,
+    3,
+)  # ink of less than this part of the picture's side may be a spot, beside ink so many times as large
 AS_TALL = 0.65  # what stands beside a digit and has this fraction of its height is another digit
 
 
@@ -34,14 +38,37 @@ def extract_ink(image: Image.Image) -> np.ndarray:
         UserError: there is no ink.
     """
     distance = _distance_from_paper(image)
+    ink, strong = _strongest_ink(distance)
+    if _side(ink > 0) >= SPOT * max(ink.shape) and (ink > BODY[0]).any():
+        return ink
+    try:  # a dark speck beside, or on, a faint digit
+        weaker, _ = _strongest_ink(np.where(widened(torch.from_numpy(strong).float(), 2).numpy() > 0, 0, distance))
+    except UserError:
+        weaker = ink / ink.max()
+    return weaker if _side(weaker > 0) > SPOTS_A_DIGIT * _side(strong) or not (ink > BODY[0]).any() else ink
+
+
+def _strongest_ink(distance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The ink, float32 [h, w] in 0..1, by the distance from the paper, and where it is strong, bool [h, w], specks too.
+
+    Raises:
+        UserError: there is no ink.
+    """
     full = _full(distance)
-    noise = np.median(distance[2 * distance <= distance.max()])
+    weak = distance[2 * distance <= distance.max()]
+    noise = np.median(weak) if weak.size else 0
     if full < max(LEAST_CONTRAST, 6 * noise):
         raise UserError("it is blank: there is no ink in it")
-    distance[distance < max(FAINT * full, 4 * noise)] = 0
+    distance = np.where(distance < max(FAINT * full, 4 * noise), 0, distance)
     reach = max(2, round(BODY[1] * max(distance.shape)))
-    body = torch.from_numpy(distance > BODY[0] * full).float()
-    return _without_specks((distance * widened(body, reach).numpy() / full).clip(0, 1).astype(np.float32))
+    strong = distance > BODY[0] * full
+    body = widened(torch.from_numpy(strong).float(), reach).numpy()
+    return _without_specks((distance * body / full).clip(0, 1).astype(np.float32)), strong
+
+
+def _side(mask: np.ndarray) -> int:
+    """The longer side of the smallest box around what is true in bool [h, w]."""
+    return max(part.stop - part.start for part in extent(mask)) if mask.any() else 0
 
 
 def _distance_from_paper(image: Image.Image) -> np.ndarray:

@@ -83,4 +83,6 @@ def _adjust_pen(ink: np.ndarray) -> np.ndarray:
 
 
 def _crop(ink: np.ndarray) -> np.ndarray:
-    return ink[extent(ink > EDGE)]
+    if not ink.any():
+        raise UserError("it is blank: what ink there is, is too thin")
+    return ink[extent(ink > min(EDGE, ink.max() / 2))]

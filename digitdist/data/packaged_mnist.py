@@ -20,14 +20,17 @@ FILES = {
 }
 
 
-def read_mnist(root: Path, split: str) -> ImageSet:
-    """The ``train`` or ``test`` images of MNIST.
+def read_mnist(root: Path | None, split: str) -> ImageSet:
+    """The ``train`` or ``test`` images of MNIST; without a `root`, nothing is written.
 
     Raises:
         UserError: `root` cannot be written to or read.
     """
     sums = {name: sha256 for sha256, name in map(str.split, _packaged("SHA256SUMS").decode().splitlines())}
-    images, labels = (_unpacked(root / "MNIST" / "raw" / name, sums[name]) for name in FILES[split])
+    if root:
+        images, labels = (_unpacked(root / "MNIST" / "raw" / name, sums[name]) for name in FILES[split])
+    else:
+        images, labels = (_content(name, sums[name]) for name in FILES[split])
     pixels = torch.frombuffer(images, dtype=torch.uint8, offset=16).view(-1, 28, 28)
     return ImageSet(pixels, torch.frombuffer(labels, dtype=torch.uint8, offset=8).long())
 
@@ -58,10 +61,15 @@ def _verified(path: Path, sha256: str) -> bytearray | None:
 def _unpack(path: Path, sha256: str) -> bytearray:
     if path.exists():
         print(f"{path} is not MNIST's file (its SHA-256 differs): replaced", flush=True)
-    content = bytearray(lzma.decompress(_packaged(f"{path.name}.xz")))
-    if hashlib.sha256(content).hexdigest() != sha256:
-        raise UserError(f"the package's own {path.name}.xz is damaged; install digitdist again")
+    content = _content(path.name, sha256)
     atomic_write(path, content)
+    return content
+
+
+def _content(name: str, sha256: str) -> bytearray:
+    content = bytearray(lzma.decompress(_packaged(f"{name}.xz")))
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise UserError(f"the package's own {name}.xz is damaged; install digitdist again")
     return content
 
 

@@ -25,7 +25,8 @@ def list_pictures(names: list[str]) -> Iterator[str]:
     for name in names:
         files = sorted(os.listdir(name)) if os.path.isdir(name) and os.access(name, os.R_OK) else []
         pictures = [os.path.join(name, file) for file in files if Path(file).suffix.lower() in SUFFIXES and file[0] != "."]
-        yield from pictures or [name]
+        # What nobody has named is not waited for, as a FIFO would be; a link to nothing is an error of its own.
+        yield from [file for file in pictures if os.path.isfile(file) or not os.path.exists(file)] or [name]
 
 
 def read_picture(name: str) -> bytes:
@@ -61,8 +62,7 @@ def open_picture(content: bytes) -> Image.Image:
             file.draft(None, (2 * WORKING_SIDE, 2 * WORKING_SIDE))  # a large JPEG is decoded smaller at once
             image = ImageOps.exif_transpose(file)
             if image.mode[0] in "IF":  # more than 8 bits, which Pillow would cut off
-                grey = np.asarray(image, dtype=np.float32)
-                image = Image.fromarray((grey * (255 / (grey.max() or 1))).clip(0, 255).astype(np.uint8))
+                image = _as_grey(np.asarray(image, dtype=np.float32))
             if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA"):
                 image = image.convert("RGB")
             image = image.convert("RGBA")
@@ -72,3 +72,10 @@ def open_picture(content: bytes) -> Image.Image:
         raise UserError("it is not an image of a known format") from None
     except Exception as error:  # decoders raise anything on damaged data
         raise UserError(f"it cannot be decoded: {in_one_line(error)}") from None
+
+
+def _as_grey(grey: np.ndarray) -> Image.Image:
+    """A picture of more than 8 bits, float32 [h, w], with its highest finite value as white; what is no number is black."""
+    highest = grey.max(initial=0, where=np.isfinite(grey))
+    grey = np.nan_to_num(grey, nan=0, posinf=highest, neginf=0)
+    return Image.fromarray((grey * (255 / (highest if highest > 1e-30 else 1))).clip(0, 255).astype(np.uint8))

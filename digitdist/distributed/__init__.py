@@ -8,6 +8,7 @@ from digitdist.distributed.collectives import broadcast_tensors, check_equal, ga
 from digitdist.distributed.device import (
     describe_instructions,
     device_name,
+    lacks,
     num_cores,
     peak_memory_mb,
     takes_pinned_memory,
@@ -18,7 +19,7 @@ from digitdist.distributed.heartbeat import LEFT, NOTICED, RAISED, Heartbeat, he
 from digitdist.distributed.launcher import launcher_start_time
 from digitdist.distributed.output import make_expendable
 from digitdist.distributed.phases import PhaseTimer
-from digitdist.distributed.plan import Plan, make_plan
+from digitdist.distributed.plan import PRECISIONS, Plan, make_plan, planned_device
 from digitdist.distributed.preflight import raise_on_all_ranks, run_preflight
 from digitdist.distributed.process import before_leaving, is_command, run_command
 from digitdist.distributed.quotas import cpu_quota
@@ -30,6 +31,7 @@ from digitdist.distributed.watch import PeerWatch
 __all__ = [
     "LEFT",
     "NOTICED",
+    "PRECISIONS",
     "RAISED",
     "SHORTCUTS",
     "FailedRank",
@@ -51,11 +53,13 @@ __all__ = [
     "heartbeat_size",
     "is_collective_failure",
     "is_command",
+    "lacks",
     "launcher_start_time",
     "make_expendable",
     "make_plan",
     "num_cores",
     "peak_memory_mb",
+    "planned_device",
     "prepare_module",
     "process_restored",
     "raise_on_all_ranks",

@@ -38,6 +38,12 @@ class Plan:
     cpu_quota: float | None = None
 
 
+def planned_device() -> str:
+    """The type of the device that a process will run on."""
+    cpu = not torch.accelerator.is_available() or environment_flag("ACCELERATE_USE_CPU")
+    return "cpu" if cpu else accelerator_type()
+
+
 def make_plan(config: Config) -> Plan:
     """Decides device, precision and threads.
 
@@ -45,8 +51,8 @@ def make_plan(config: Config) -> Plan:
         UserError: with every mistake of the launch, and everything that was asked of this device and is not possible.
     """
     world = read_world()
-    cpu = not torch.accelerator.is_available() or environment_flag("ACCELERATE_USE_CPU")
-    device_type = "cpu" if cpu else accelerator_type()
+    device_type = planned_device()
+    cpu = device_type == "cpu"
     if device_type != "cpu" and 1 < world.local_size <= torch.accelerator.device_count():
         # Before anything is asked of a device: or each rank would open a context on the first one.
         torch.get_device_module(device_type).set_device(world.local_rank)

@@ -5,10 +5,12 @@ A new statistic is a function in `statistics.py` with its source.
 
 from digitdist.evaluate.evaluating import chunked_loader, evaluate
 from digitdist.evaluate.result import Evaluation, load_predictions, save_predictions
+from digitdist.evaluate.saved import SavedPredictions, saved_predictions
 from digitdist.evaluate.statistics import calibration, holm, mcnemar, wilson_interval
 
 __all__ = [
     "Evaluation",
+    "SavedPredictions",
     "calibration",
     "chunked_loader",
     "evaluate",
@@ -16,5 +18,6 @@ __all__ = [
     "load_predictions",
     "mcnemar",
     "save_predictions",
+    "saved_predictions",
     "wilson_interval",
 ]

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 import math
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from digitdist.checkpoint import atomic_write
 from digitdist.evaluate.statistics import wilson_interval
+from digitdist.files import MIB, atomic_write, read_plain
+
+MAX_PACKED, MAX_UNPACKED = 256 * MIB, 1024 * MIB  # bytes of predictions
 
 
 @dataclass(frozen=True)
@@ -91,11 +94,22 @@ def load_predictions(file: Path, num_classes: int) -> Evaluation:
     Raises:
         OSError, ValueError, KeyError, zipfile.BadZipFile: the file cannot be read, or does not hold predictions.
     """
-    with np.load(file, allow_pickle=False) as saved:
-        index, label, prediction = (saved[name].astype(np.int64) for name in ("index", "label", "prediction"))
-        probability = saved["probability"].astype(np.float64)
-    if not index.size or any(column.shape != index.shape for column in (label, prediction, probability)):
+    content = io.BytesIO(read_plain(file, MAX_PACKED))
+    with zipfile.ZipFile(content) as packed:
+        if sum(entry.file_size for entry in packed.infolist()) > MAX_UNPACKED:
+            raise ValueError(f"it holds more than {MAX_UNPACKED // MIB:,} MiB")
+    with np.load(content, allow_pickle=False) as saved:
+        columns = [saved[name] for name in ("index", "label", "prediction", "probability")]
+    if not columns[0].size or any(column.shape != (len(columns[0]),) for column in columns):
         raise ValueError("its columns are empty or of unequal length")
+    if any(column.dtype.kind not in kinds for column, kinds in zip(columns, ("iu", "iu", "iu", "f"), strict=True)):
+        raise ValueError("its columns are not numbers")
+    index, label, prediction = (column.astype(np.int64) for column in columns[:3])
+    probability = columns[3].astype(np.float64)
+    if index[0] < 0 or (np.diff(index) <= 0).any():
+        raise ValueError("its images are not sorted by index, once each")
     if not all(column.min() >= 0 and column.max() < num_classes for column in (label, prediction)):
         raise ValueError("it holds a class that does not exist")
+    if not ((probability >= 0) & (probability <= 1)).all():  # NaN is neither
+        raise ValueError("it holds a probability that is none")
     return Evaluation(index, label, prediction, probability, np.full(len(index), np.nan), num_classes=num_classes)

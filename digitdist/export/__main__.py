@@ -47,7 +47,7 @@ def main() -> None:
         "runs/quick --format onnx",
     )
     parser.add_run()
-    parser.add_overrides()
+    parser.add_overrides("configuration, such as data.root=data; trust=true executes the network that a received run names")
     parser.add_argument("--format", required=True, choices=FORMATS, help="safetensors holds the weights alone")
     parser.add_argument("--output", metavar="FILE", help="default: export/model.onnx, .pt2 or .safetensors in the run's folder")
     arguments = parser.parse_args()
@@ -57,6 +57,8 @@ def main() -> None:
     run = load_run(arguments.run, arguments.overrides)
     file = Path(arguments.output or run.folder / "export" / f"model.{FORMATS[arguments.format].suffix}")
     check_possible(arguments.format, file)
+    if not arguments.output and file.parent.is_symlink():
+        raise UserError(f"{file.parent} is a link out of the run's folder; give --output FILE")
     print_main(export(run, arguments.checkpoint, arguments.format, file))
 
 

@@ -6,25 +6,32 @@ import contextlib
 import io
 import logging
 import os
+import secrets
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import digitdist
-from digitdist.checkpoint import weights_sha256, write_synced
+from digitdist.checkpoint import Checkpoint, weights_sha256
 from digitdist.data import AnySet, load_splits
-from digitdist.export.formats import FORMATS, Classifier, Classify
+from digitdist.evaluate import saved_predictions
+from digitdist.export.formats import FORMATS, Classifier, Classify, Metadata
+from digitdist.files import write_synced
 from digitdist.model_state import model_state
 from digitdist.runs import StoredRun
+
+PRECISION = "fp32"  # of an exported file
 
 
 def export(run: StoredRun, which: str, form: str, file: Path) -> str:
     """Writes checkpoint `which` of `run` as `file`; returns how the file compares with the run on all test images.
 
-    The file is written under a temporary name, loaded again from the disk and tried before it gets its own name.
+    The file computes in fp32, and is compared with the run's model in fp32; the training's own predictions, in whatever
+    precision, are told beside. It is written under a temporary name, loaded again from the disk and tried before it gets its
+    own name.
 
     Raises:
         UserError: there is no such checkpoint or data set, or the model cannot be traced.
@@ -39,23 +46,11 @@ def export(run: StoredRun, which: str, form: str, file: Path) -> str:
     classifier = Classifier(network, info)
     expected, labels = probabilities(classifier, test)
     correct, total = int((expected.argmax(1) == labels).sum()), len(test)
-    metadata = {
-        "digitdist_version": digitdist.__version__,
-        "run": run.folder.resolve().name,
-        "step": stored.step,
-        "weights_sha256": weights_sha256(model_state(network)),
-        "model": config.model.target or config.model.name,
-        "model_args": config.model.args,
-        "data_set": info.name,
-        "classes": info.classes,
-        "pixel_mean": _pixels(info.mean),
-        "pixel_std": _pixels(info.std),
-        "test_correct": correct,
-        "test_total": total,
-        "test_accuracy": correct / total,
-    }
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.unlink(missing_ok=True)
+    saved = saved_predictions(run, weights_sha256(model_state(network)))
+    metadata = describe(run, stored, network, correct, total)
+    if saved:  # the training's own count, in its precision
+        metadata["trained_test_correct"] = saved.result.correct
+    temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp")
     try:
         with quiet():
             write_synced(temporary, FORMATS[form].write(classifier, metadata))
@@ -65,10 +60,34 @@ def export(run: StoredRun, which: str, form: str, file: Path) -> str:
     finally:
         temporary.unlink(missing_ok=True)
     counted = f"{correct:,}/{total:,} correct = {100 * correct / total:.2f} %"
-    return (
-        f"{run.folder} at step {stored.step:,}, {splits.info.name} test: {counted}\n{file}: the same prediction on all"
-        f" {total:,} images, largest difference of a probability {difference:.2g}"
+    report = (
+        f"{run.folder} at step {stored.step:,}, {splits.info.name} test: {counted}, in {PRECISION}\n{file}: the same prediction"
+        f" on all {total:,} images, largest difference of a probability {difference:.2g}"
     )
+    compared = saved.compare(test.indices.numpy(), expected.argmax(1).numpy()) if saved else None
+    return f"{report}\n{compared}" if compared else report
+
+
+def describe(run: StoredRun, stored: Checkpoint, network: nn.Module, correct: int, total: int) -> Metadata:
+    """What a file tells of itself: the run, its weights, how to normalise and to name classes, and how many it gets right."""
+    model, info = run.config.model, run.info
+    return {
+        "digitdist_version": digitdist.__version__,
+        "run": run.folder.resolve().name,
+        "step": stored.step,
+        "weights_sha256": weights_sha256(model_state(network)),
+        "model": model.target or model.name,
+        "model_args": model.args,
+        "data_set": info.name,
+        "classes": info.classes,
+        "pixel_mean": _pixels(info.mean),
+        "pixel_std": _pixels(info.std),
+        "test_correct": correct,
+        "test_total": total,
+        "test_accuracy": correct / total,
+        "precision": PRECISION,  # of the file, and of these counts
+        "trained_precision": run.trained_precision(stored),
+    }
 
 
 @torch.no_grad()

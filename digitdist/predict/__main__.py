@@ -16,7 +16,7 @@ import sys
 import torch
 from torch import Tensor, nn
 
-from digitdist.config import Parser
+from digitdist.config import Parser, shown
 from digitdist.data import DataSetInfo, list_pictures, normalise, open_picture, picture_form, read_picture
 from digitdist.distributed import run_command
 from digitdist.errors import EXIT_USER_ERROR, UserError
@@ -24,10 +24,21 @@ from digitdist.runs import load_run
 from digitdist.world import print_main
 
 
-def predict(model: nn.Module, images: Tensor, info: DataSetInfo) -> Tensor:
-    """Probability of each class, float32 [n, classes], for raw images; the model must be in `eval` mode."""
-    with torch.inference_mode():
-        return model(normalise(images, info)).float().softmax(1)
+def predict(model: nn.Module, images: Tensor, info: DataSetInfo, precision: str = "fp32") -> Tensor:
+    """Probability of each class, float32 [n, classes], for raw images; the model must be in `eval` mode, and is run in
+    `precision`: fp32 or bf16."""
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        logits = model(normalise(images, info))
+    return logits.float().softmax(1)
+
+
+def describe(file: str, probabilities: Tensor, top: int, info: DataSetInfo, as_json: bool) -> str:
+    """The line about a file whose classes have these `probabilities`, float32 [classes]: the `top` most probable ones."""
+    values, digits = (row.tolist() for row in probabilities.topk(top))
+    if not as_json:
+        return f"{file}: " + ", ".join(f"{shown(info.classes[d])} {100 * p:.2f} %" for d, p in zip(digits, values, strict=True))
+    found = [{"digit": d, "class": info.classes[d], "probability": p} for d, p in zip(digits, values, strict=True)]
+    return json.dumps({"file": file} | found[0] | {"top": found})
 
 
 def main() -> None:
@@ -38,38 +49,38 @@ def main() -> None:
         "runs/quick digit.png photos --top 3",
     )
     parser.add_run()
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="a file, a folder, or - for stdin (or run.dir=DIR)")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="a file, a folder, or - for stdin (run.dir=DIR, trust=true)")
     parser.add_argument("--top", type=int, default=1, metavar="K", help="the K most probable (default: 1)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of text")
     arguments = parser.parse_args()
-    run_dir = [name for name in arguments.images if name.startswith("run.dir=")]
-    names = [name for name in arguments.images if name not in run_dir]
+    own = [name for name in arguments.images if name.startswith(("run.dir=", "trust="))]
+    names = [name for name in arguments.images if name not in own]
     if not names:
         raise UserError("no IMAGE is given; give a file, a folder, or - for stdin")
 
-    run = load_run(arguments.run, ["data.root=.", *run_dir])  # the data set need not be here
+    run = load_run(arguments.run, ["data.root=.", *own], needs_data=False)
     if not 1 <= arguments.top <= run.info.num_classes:
         raise UserError(f"--top {arguments.top} is not allowed; it takes 1 to {run.info.num_classes}")
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for predictions alone
-        model = run.model(run.checkpoint(arguments.checkpoint)).eval()
+        stored = run.checkpoint(arguments.checkpoint)
+        model, precision = run.model(stored).eval(), run.precision(stored, "cpu")
+        if precision != "fp32" or run.trained_precision(stored) != "fp32":
+            print_main(f"probabilities are computed in {precision}; the run was trained in {run.trained_precision(stored)}")
     num_errors = 0
     for file in list_pictures(names):
-        shown = file if file.isprintable() else repr(file)
+        label = file if file.isprintable() else repr(file)
         try:
             form = picture_form(open_picture(read_picture(file)), run.info)
+            probabilities = predict(model, form[None], run.info, precision)[0]
         except UserError as error:
             num_errors += 1
-            print(f"error: {shown}: {error}", file=sys.stderr, flush=True)
+            print(f"error: {label}: {error}", file=sys.stderr, flush=True)
             continue
-        probabilities, digits = (row.tolist() for row in predict(model, form[None], run.info)[0].topk(arguments.top))
-        if arguments.json:
-            top = [
-                {"digit": d, "class": run.info.classes[d], "probability": p} for d, p in zip(digits, probabilities, strict=True)
-            ]
-            print_main(json.dumps({"file": file} | top[0] | {"top": top}))
-        else:
-            words = (f"{run.info.classes[d]} {100 * p:.2f} %" for d, p in zip(digits, probabilities, strict=True))
-            print_main(f"{shown}: {', '.join(words)}")
+        except Exception as error:  # a picture may hold anything, and must not cost the others
+            num_errors += 1
+            print(f"error: {label}: it cannot be predicted: {error!r}", file=sys.stderr, flush=True)
+            continue
+        print_main(describe(file if arguments.json else label, probabilities, arguments.top, run.info, arguments.json))
     if num_errors:
         sys.exit(EXIT_USER_ERROR)
 

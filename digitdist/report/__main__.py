@@ -33,14 +33,14 @@ def main() -> None:
     if arguments.output and len(folders) < 2:
         parser.error("--output names the comparison of several runs; one run's page is report.html in its folder")
     try:
-        for folder in folders:
-            print(write_report(folder), flush=True)
+        pages = [write_report(folder) for folder in folders]
         if len(folders) > 1:
-            output = arguments.output or Path("comparison.html")
-            write_comparison(folders, output)
-            print(output)
+            pages.append(arguments.output or Path("comparison.html"))
+            write_comparison(folders, pages[-1])
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}; give a place that you can write to") from None
+    for page in pages:  # at the end, since whoever reads this may stop before
+        print(page)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def write_comparison(folders: Sequence[Path], file: Path) -> None:
     short = [record.name for record in records]
     names = [name if short.count(name) == 1 else str(record.folder) for name, record in zip(short, records, strict=True)]
     with rc_context(STYLE):
-        curves = draw(plot_curves(records, names))
+        curves = draw("Curves", lambda: plot_curves(records, names))
     write_page(
         file,
         "comparison",

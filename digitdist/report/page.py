@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import errno
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -11,8 +13,9 @@ from typing import Any
 
 import jinja2
 
-from digitdist.checkpoint import atomic_write
+from digitdist.errors import UserError, in_one_line
 from digitdist.evaluate import wilson_interval
+from digitdist.files import atomic_write
 from digitdist.report.plots import Plot
 
 
@@ -26,23 +29,39 @@ class Picture:
     source: str
 
 
-def draw(plot: Plot, file: Path | None = None) -> Picture:
-    """A plot as a picture, and as `file` too; the file of a plot that no longer exists is removed.
+def draw(title: str, make: Callable[[], Plot], file: Path | None = None) -> Picture:
+    """What `make` plots as a picture, and as `file` too; the file of a plot that does not exist any more is removed.
+
+    Where values that somebody has written cannot be plotted, the picture named `title` says so.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: the file cannot be written, or its folder is a link.
     """
-    if plot.figure is None:
+    try:
+        plot, content = _plotted(make())
+    except (OSError, UserError):
+        raise
+    except Exception as error:  # matplotlib raises anything
+        plot, content = Plot(title, "", f"No picture: {type(error).__name__}: {in_one_line(error)}."), None
+    if file and file.parent.is_symlink():
+        raise OSError(errno.ELOOP, "is a link out of the run's folder", str(file.parent))
+    if content is None:
         if file:
             file.unlink(missing_ok=True)
         return Picture(plot.title, plot.alt, plot.caption, "")
-    buffer = io.BytesIO()
-    plot.figure.savefig(buffer, format="png")
     if file:
         file.parent.mkdir(exist_ok=True)
-        atomic_write(file, buffer.getvalue())
-    source = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    return Picture(plot.title, plot.alt, plot.caption, source)
+        atomic_write(file, content)
+    return Picture(plot.title, plot.alt, plot.caption, f"data:image/png;base64,{base64.b64encode(content).decode()}")
+
+
+def _plotted(plot: Plot) -> tuple[Plot, bytes | None]:
+    """A plot and its PNG, or None where it has no figure."""
+    if plot.figure is None:
+        return plot, None
+    buffer = io.BytesIO()
+    plot.figure.savefig(buffer, format="png")
+    return plot, buffer.getvalue()
 
 
 def write_page(file: Path, template: str, **values: Any) -> None:

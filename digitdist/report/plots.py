@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from digitdist.data import Batch, displayable, load_splits
+from digitdist.data import DATA_SETS, AnySet, Batch, displayable, known_info, load_splits, read_mnist
 from digitdist.errors import UserError
 from digitdist.evaluate import Evaluation, calibration, wilson_interval
 from digitdist.report.record import Record
@@ -199,8 +200,11 @@ def _plot_scores(loss: Axes, accuracy: Axes, record: Record, split: str, label: 
     if not len(epoch):
         return
     loss.plot(epoch, value, markersize=4, label=f" {label}", **style)  # matplotlib hides labels that begin with _
-    epoch, correct = record.points(f"{split}/correct", "epoch")
-    _, total = record.points(f"{split}/total", "epoch")
+    counts = [(e["epoch"], e.get(f"{split}/correct", math.nan), e.get(f"{split}/total", math.nan)) for e in record.events]
+    counts = [row for row in counts if 0 <= row[1] <= row[2] and 0 < row[2] < math.inf]
+    if not counts:
+        return
+    epoch, correct, total = np.array(counts).T
     bounds = np.array([wilson_interval(int(c), int(t)) for c, t in zip(correct, total, strict=True)]).reshape(-1, 2).T
     errors = 100 * np.array([correct / total - bounds[0], bounds[1] - correct / total]).clip(0)
     accuracy.errorbar(epoch, 100 * correct / total, errors, markersize=4, capsize=2, **style)
@@ -223,7 +227,12 @@ def _test_images(record: Record, result: Evaluation, rows: np.ndarray) -> Batch:
         UserError: the data set is not available, or is another one here.
     """
     data = record.data
-    test = load_splits(dataclasses.replace(data, validation=0), seed=record.config.get("seed", 0)).test
+    if record.made_here:
+        test: AnySet = load_splits(dataclasses.replace(data, validation=0), record.seed).test
+    elif known_info(data) == DATA_SETS["mnist"]:
+        test = read_mnist(None, "test")  # from the package, since where to look for data is not for the run to say
+    else:
+        raise UserError("they are read for a run alone that a training of yours is known to have made here")
     if result.index.max() < len(test):
         images = test.read(torch.from_numpy(result.index[rows]))
         if np.array_equal(images.labels.numpy(), result.label[rows]):

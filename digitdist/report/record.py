@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,13 +10,32 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from digitdist.config import DataConfig, read_stored_config, stored_values
+from digitdist.config import DataConfig, read_stored_config, shown, stored_values
 from digitdist.data import DATA_SETS, DataSetInfo, known_info
 from digitdist.errors import in_one_line
 from digitdist.evaluate import Evaluation, load_predictions
-from digitdist.runs import DATA_SET, ENVIRONMENT, METRICS, PREDICTIONS, RESULT, read_attempts, read_metrics
+from digitdist.files import MIB, parse_json, read_plain
+from digitdist.runs import (
+    CONFIG,
+    DATA_SET,
+    ENVIRONMENT,
+    METRICS,
+    PREDICTIONS,
+    RESULT,
+    made_here,
+    read_attempts,
+    read_metrics,
+)
 
 T = TypeVar("T")
+LARGEST = 16 * MIB  # bytes of a file of JSON
+MAX_STEP, LARGEST_NUMBER = 2**53, 1e100  # which no run comes near
+RESULT_TYPES: dict[str, tuple[type, ...]] = {
+    "test_correct test_total steps world_size": (int,),
+    "test_loss epochs train_seconds": (int, float),
+    "images_per_second": (int, float, type(None)),
+    "device precision weights_sha256": (str,),
+}
 
 
 @dataclass(frozen=True)
@@ -30,6 +48,8 @@ class Record:
     folder: Path
     config: dict[str, Any]
     data: DataConfig
+    seed: int
+    made_here: bool  # by a training of this user
     info: DataSetInfo
     attempts: list[dict[str, Any]]
     events: list[dict[str, float]]
@@ -72,7 +92,7 @@ class Record:
 
 
 def read_record(folder: Path) -> Record:
-    """What there is of a run. It never fails because of what a file holds."""
+    """What there is of a run. It never fails because of what a file holds, and executes nothing."""
     notes: list[str] = []
 
     def read(name: str, reader: Callable[[Path], T], default: T) -> T:
@@ -81,15 +101,29 @@ def read_record(folder: Path) -> Record:
         except FileNotFoundError:
             return default
         except Exception as error:  # whatever damage raises, the other files are worth a page
-            notes.append(f"{name} is damaged and left out ({type(error).__name__}: {in_one_line(error)}).")
+            reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {in_one_line(error)}"
+            notes.append(f"{name} is damaged and left out ({reason}).".replace(f"{folder}/", ""))
             return default
 
-    flat: dict[str, Any] = read("config.yaml", lambda file: _flat(stored_values(file)), {})
-    config, _ = read_stored_config(folder / "config.yaml")
-    attempts: list[dict[str, Any]] = read(ENVIRONMENT, _read_attempts, [])
-    events: list[dict[str, float]] = read(METRICS, _read_events, [])
+    def read_lines(reader: Callable[[Path, Callable[[str], None]], list[T]]) -> Callable[[Path], list[T]]:
+        """`reader` of the folder, whose lines about what it leaves out are notes, or an error where nothing is left."""
+
+        def wrapped(file: Path) -> list[T]:
+            lines: list[str] = []
+            found = reader(folder, lines.append)
+            if lines and not found:
+                raise ValueError(lines[0])
+            notes.extend(line.replace(f"{folder}/", "") for line in lines)
+            return found
+
+        return wrapped
+
+    flat: dict[str, Any] = read(CONFIG, lambda file: _flat(stored_values(file)), {})
+    config, _ = read_stored_config(folder / CONFIG)
+    attempts: list[dict[str, Any]] = read(ENVIRONMENT, read_lines(read_attempts), [])
+    events: list[dict[str, float]] = read(METRICS, read_lines(_read_events), [])
     result = read(RESULT, _read_result, None)
-    info: DataSetInfo | None = read(DATA_SET, lambda file: DataSetInfo.from_json(file.read_text()), known_info(config.data))
+    info = read(DATA_SET, lambda file: DataSetInfo.from_json(read_plain(file, LARGEST)), known_info(config.data))
     if info is None:
         info = DATA_SETS["mnist"]
         notes.append(f"There is no {DATA_SET}: classes are numbered.")
@@ -98,7 +132,8 @@ def read_record(folder: Path) -> Record:
         notes.append(f"{PREDICTIONS} has {predictions.correct:,}/{predictions.total:,} correct, {RESULT} says otherwise.")
     if predictions and not result:
         notes.append(f"There is no {RESULT} beside {PREDICTIONS}, which may be of an earlier end of this run.")
-    return Record(folder, flat, config.data, info, attempts, events, result, predictions, notes)
+    own = made_here(folder, config)
+    return Record(folder, flat, config.data, config.seed, own, info, attempts, events, result, predictions, notes)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -108,18 +143,35 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _read_attempts(file: Path) -> list[dict[str, Any]]:
-    return [attempt | {name: int(attempt[name]) for name in ("step", "world_size")} for attempt in read_attempts(file.parent)]
-
-
-def _read_events(file: Path) -> list[dict[str, float]]:
-    events = [{name: float(value) for name, value in event.items()} for event in read_metrics(file.parent)]
-    if not all({"step", "epoch"} <= event.keys() for event in events):
-        raise ValueError("a line has no step or no epoch")
+def _read_events(folder: Path, report: Callable[[str], None]) -> list[dict[str, float]]:
+    """The events whose step and epoch are places on an axis."""
+    found = read_metrics(folder, report)
+    events = [{name: _float(value) for name, value in event.items()} for event in found]
+    events = [event for event in events if all(0 <= event[name] < MAX_STEP for name in ("step", "epoch"))]  # not NaN
+    if len(events) < len(found):
+        report(f"{METRICS}: {len(found) - len(events)} lines of impossible steps are left out")
     return events
 
 
+def _float(value: float) -> float:
+    """`value` as a float that plots bear; NaN, which they leave out, for one that is larger."""
+    return float(value) if abs(value) < LARGEST_NUMBER else math.nan
+
+
 def _read_result(file: Path) -> dict[str, Any]:
-    result = json.loads(file.read_text())
-    names = ("test_correct", "test_total", "test_loss", "steps", "epochs", "world_size", "device", "precision")
-    return {name: result[name] for name in (*names, "images_per_second", "train_seconds", "weights_sha256")}
+    """What ``result.json`` holds.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError: it is not of a run.
+    """
+    found = parse_json(read_plain(file, LARGEST))
+    result: dict[str, Any] = {}
+    for names, kinds in RESULT_TYPES.items():
+        for name in names.split():
+            value = found[name]
+            if type(value) not in kinds or (isinstance(value, float | int) and not 0 <= value < LARGEST_NUMBER):
+                raise ValueError(f"its {name} is {shown(repr(value))}")
+            result[name] = value
+    if not 0 <= result["test_correct"] <= result["test_total"] > 0:
+        raise ValueError(f"it has {result['test_correct']} of {result['test_total']} correct")
+    return result

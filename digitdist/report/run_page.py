@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from digitdist.config import KEYS
 from digitdist.report.page import draw, percent, plain, rate, score, write_page
-from digitdist.report.plots import STYLE, plot_calibration, plot_confusion, plot_curves, plot_mistakes, plot_throughput
+from digitdist.report.plots import STYLE, Plot, plot_calibration, plot_confusion, plot_curves, plot_mistakes, plot_throughput
 from digitdist.report.record import Record, read_record
 
 PACKAGES = ("digitdist", "torch", "accelerate", "python")
@@ -23,14 +24,14 @@ def write_report(folder: Path) -> Path:
 
     record = read_record(folder)
     with rc_context(STYLE):
-        plots = {
-            "curves": plot_curves([record], [record.name]),
-            "throughput": plot_throughput(record),
-            "confusion": plot_confusion(record),
-            "mistakes": plot_mistakes(record),
-            "calibration": plot_calibration(record),
+        plots: dict[str, tuple[str, Callable[[], Plot]]] = {
+            "curves": ("Curves", lambda: plot_curves([record], [record.name])),
+            "throughput": ("Throughput", lambda: plot_throughput(record)),
+            "confusion": ("Confusion", lambda: plot_confusion(record)),
+            "mistakes": ("Worst mistakes", lambda: plot_mistakes(record)),
+            "calibration": ("Calibration", lambda: plot_calibration(record)),
         }
-        pictures = {name: draw(plot, folder / "plots" / f"{name}.png") for name, plot in plots.items()}
+        pictures = {name: draw(title, make, folder / "plots" / f"{name}.png") for name, (title, make) in plots.items()}
     write_page(
         folder / "report.html",
         "run",

@@ -5,10 +5,11 @@ A new metric needs nothing here: whatever a training logs is recorded.
 
 from digitdist.runs.attempts import read_attempts, record_end
 from digitdist.runs.finding import StoredRun, find_run, load_run, read_info
-from digitdist.runs.folder import DATA_SET, ENVIRONMENT, PREDICTIONS, RESULT, Run
+from digitdist.runs.folder import CONFIG, DATA_SET, ENVIRONMENT, PREDICTIONS, RESULT, Run
 from digitdist.runs.metrics import METRICS, read_metrics
 from digitdist.runs.moving import fetch_run
 from digitdist.runs.opening import open_run
+from digitdist.runs.origin import made_here, mark_run
 from digitdist.runs.tracker import Tracker, start_tracker
 from digitdist.runs.wandb_media import Media, confusion_chart, image_table
 from digitdist.runs.wandb_server import has_wandb_key
@@ -16,6 +17,7 @@ from digitdist.runs.wandb_settings import wandb_mistakes
 from digitdist.runs.wandb_sync import sync_wandb
 
 __all__ = [
+    "CONFIG",
     "DATA_SET",
     "ENVIRONMENT",
     "METRICS",
@@ -31,6 +33,8 @@ __all__ = [
     "has_wandb_key",
     "image_table",
     "load_run",
+    "made_here",
+    "mark_run",
     "open_run",
     "read_attempts",
     "read_info",

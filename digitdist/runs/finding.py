@@ -10,22 +10,41 @@ from pathlib import Path
 
 from torch import nn
 
-from digitdist.checkpoint import Checkpoint, DamagedCheckpoint, folder_name, folders, newest_good, read
-from digitdist.config import Config, DataConfig, load_config, load_stored_config
+from digitdist.checkpoint import Checkpoint, DamagedCheckpoint, UnreadableCheckpoint, folder_name, folders, newest_good, read
+from digitdist.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    import_target,
+    load_config,
+    load_stored_config,
+    read_stored_config,
+    shown,
+)
 from digitdist.data import DataSetInfo, known_info
+from digitdist.distributed import PRECISIONS, lacks
 from digitdist.errors import UserError, in_one_line
+from digitdist.files import MIB, read_plain
 from digitdist.model_state import load_model_state, load_transient_buffers
 from digitdist.models import build_model
-from digitdist.runs.folder import DATA_SET
+from digitdist.runs.folder import CONFIG, DATA_SET
+from digitdist.runs.origin import made_here
+from digitdist.world import is_main
+
+MAX_INFO_BYTES = MIB
 
 
 @dataclass(frozen=True)
 class StoredRun:
-    """A run on disk: its folder, its configuration and the form of the data set that it was trained on."""
+    """A run on disk: its folder, its configuration and the form of the data set that it was trained on.
+
+    `made_here`: by a training of this user.
+    """
 
     folder: Path
     config: Config
     info: DataSetInfo
+    made_here: bool = True
 
     def check_form(self, info: DataSetInfo) -> None:
         """Refuses images that the run's network does not take.
@@ -46,19 +65,23 @@ class StoredRun:
             UserError: there is no such checkpoint, or it is damaged.
         """
         parent = self.folder / "checkpoints"
-        last = newest_good(parent, partial(print, file=sys.stderr))
+        try:
+            last = newest_good(parent, partial(print, file=sys.stderr))
+        except UnreadableCheckpoint as error:
+            raise UserError(f"{error}; make it readable, or name another by --checkpoint") from None
         if last is None:
             raise UserError(f"{self.folder}: no good checkpoint in {parent}; train the run first")
         if which == "last":
-            return last
+            return _checked(last)
         if which == "best":
-            if not last.state["best"]:
+            best = _checked(last).state.get("best")
+            if not best:
                 raise UserError(f"{self.folder}: no best checkpoint; it is chosen only where data.validation holds images out")
-            which = str(last.state["best"]["step"])
+            which = str(best["step"])
         if not which.isdecimal():
             raise UserError(f"--checkpoint {which} is not allowed; it takes last, best or a step")
         try:
-            return read(parent / folder_name(int(which)))
+            return _checked(read(parent / folder_name(int(which))))
         except DamagedCheckpoint as damage:
             raise UserError(f"{damage}; checkpoints of this run: {[f.name for f in folders(parent)]}") from None
 
@@ -68,13 +91,40 @@ class StoredRun:
         Raises:
             UserError: the network cannot be built, or the weights do not fit it.
         """
+        target = self.config.model.target
+        if target and not self.made_here:
+            kind = import_target("model.target", target)
+            if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+                raise UserError(f"model.target={shown(target)} is not allowed; it must be a subclass of torch.nn.Module")
         model = build_model(self.config.model, self.config.seed, self.info)
         try:
             load_model_state(model, stored.tensors.get("ema") or stored.tensors["model"])
             load_transient_buffers(model, stored.tensors.get("transient", {}))
-        except RuntimeError as error:
+        except Exception as error:  # whoever has made the run, and its network, may have put anything there
             raise UserError(f"{stored.folder} does not fit the model: {in_one_line(error)}") from None
         return model
+
+    def trained_precision(self, stored: Checkpoint) -> str:
+        """The effective precision of the training: fp32, bf16 or fp16; that of its configuration where the state has none."""
+        told = (stored.state.get("precision"), self.config.train.precision)
+        return next((name for name in told if name in PRECISIONS), "fp32")
+
+    def precision(self, stored: Checkpoint, device_type: str) -> str:
+        """The same, or fp32 where a device of this type lacks it: what is computed with the run is then as in the training."""
+        trained = self.trained_precision(stored)
+        return "fp32" if lacks(trained, device_type) else trained
+
+
+def _checked(stored: Checkpoint) -> Checkpoint:
+    """`stored`, if its state tells a best step or none.
+
+    Raises:
+        UserError: it tells something else.
+    """
+    best = stored.state.get("best")
+    if best is not None and not (isinstance(best, dict) and type(best.get("step")) is int and best["step"] >= 0):
+        raise UserError(f"{stored.folder} is not a checkpoint of this program: its best one has no step")
+    return stored
 
 
 def find_run(name: str, runs: str = "runs") -> Path:
@@ -84,22 +134,59 @@ def find_run(name: str, runs: str = "runs") -> Path:
         UserError: there is none.
     """
     for folder in (Path(name), Path(runs) / name):
-        if (folder / "config.yaml").is_file():
+        if (folder / CONFIG).is_file():
             return folder
-    existing = sorted(path.parent.name for path in Path(runs).glob("*/config.yaml"))
+    existing = sorted(path.parent.name for path in Path(runs).glob(f"*/{CONFIG}"))
     known = f"in {runs} there are {', '.join(existing)}" if existing else f"there is no run in {runs}"
     raise UserError(f"{name}: no run of that folder or name (a run has a config.yaml); {known}")
 
 
-def load_run(name: str, overrides: Sequence[str]) -> StoredRun:
-    """A run with its own configuration, changed by `overrides`.
+def load_run(name: str, overrides: Sequence[str], needs_data: bool = True) -> StoredRun:
+    """A run with its own configuration, changed by `overrides`, which are this user's.
+
+    What leads out of the folder of a run that no training of this user has made here is not the run's to say: its data are
+    where `overrides` say, and its network is executed only where they name it, or hold ``trust=true``.
 
     Raises:
-        UserError: there is no such run, or a mistake in `overrides`.
+        UserError: there is no such run, it would execute what must not be, or there is a mistake in `overrides`.
     """
+    trusted, overrides = _split_trust(overrides)
     folder = find_run(name, load_config((), [o for o in overrides if o.startswith("run.dir=")]).run.dir)
-    config = load_stored_config(folder / "config.yaml", overrides)
-    return StoredRun(folder, config, read_info(folder, config.data))
+    file = folder / CONFIG
+    stored, _ = read_stored_config(file)
+    info = read_info(folder, stored.data)
+    if made_here(folder, stored):
+        return StoredRun(folder, load_stored_config(file, overrides), info)
+    defaults = [f"data.root={DataConfig().root}", "data.target=null", "data.args={}"]
+    config = load_stored_config(file, [*defaults, *overrides])
+    named = any(text.startswith("model.target=") for text in overrides)
+    refused = []
+    if config.model.target and not (trusted or named):
+        refused.append(f"{_would_execute(folder, 'model', stored.model)}; if you trust it, add trust=true")
+    if needs_data and stored.data.target and not config.data.target:
+        refused.append(
+            f"{_would_execute(folder, 'data', stored.data)}; if you trust it, give data.target and data.args yourself"
+        )
+    if refused:
+        raise UserError(*refused)
+    if trusted and config.model.target and is_main():
+        print(f"trust=true: {_would_execute(folder, 'model', config.model)}", file=sys.stderr, flush=True)
+    return StoredRun(folder, config, info, made_here=False)
+
+
+def _split_trust(overrides: Sequence[str]) -> tuple[bool, list[str]]:
+    """Whether ``trust=true`` is among `overrides`, and the others."""
+    own = [text for text in overrides if text.startswith("trust=")]
+    if not {*own} <= {"trust=true", "trust=false"}:
+        raise UserError(f"{shown(own[-1])} is not allowed; trust takes true or false")
+    return own[-1:] == ["trust=true"], [text for text in overrides if text not in own]
+
+
+def _would_execute(folder: Path, group: str, config: ModelConfig | DataConfig) -> str:
+    return (
+        f"{folder}, which no training of yours is known to have made here, would execute"
+        f" {group}.target={shown(config.target)} with {group}.args={shown(config.args)}"
+    )
 
 
 def read_info(folder: Path, data: DataConfig) -> DataSetInfo:
@@ -109,11 +196,12 @@ def read_info(folder: Path, data: DataConfig) -> DataSetInfo:
         UserError: its file is damaged, or missing and not that of a data set with a name.
     """
     try:
-        return DataSetInfo.from_json((folder / DATA_SET).read_text())
+        return DataSetInfo.from_json(read_plain(folder / DATA_SET, MAX_INFO_BYTES))
     except FileNotFoundError:
         info = known_info(data)  # earlier versions wrote no such file
         if info is None:
             raise UserError(f"{folder / DATA_SET} is missing; train the run again") from None
         return info
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{folder / DATA_SET} is damaged ({in_one_line(error)}); train the run again") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else in_one_line(error)
+        raise UserError(f"{folder / DATA_SET} is damaged ({reason}); train the run again") from None

@@ -12,7 +12,8 @@ from filelock import FileLock
 
 from digitdist.checkpoint import Checkpoint
 
-RESULT, PREDICTIONS, ENVIRONMENT, DATA_SET = "result.json", "predictions.npz", "environment.json", "data_set.json"
+CONFIG, RESULT, PREDICTIONS = "config.yaml", "result.json", "predictions.npz"
+ENVIRONMENT, DATA_SET = "environment.json", "data_set.json"
 
 
 @dataclass

@@ -37,6 +37,7 @@ from digitdist.runs.finding import read_info
 from digitdist.runs.finished import is_finished
 from digitdist.runs.folder import DATA_SET, PREDICTIONS, RESULT, Run
 from digitdist.runs.metrics import truncate_metrics
+from digitdist.runs.origin import mark_run
 from digitdist.world import print_main
 
 PLACES = ("run.dir", "run.name", "checkpoint.resume")  # where a run was trained and began; it may lie elsewhere now
@@ -143,6 +144,7 @@ def _resume_or_begin(
 def _write_configuration(folder: Path, config: Config, splits: Splits) -> None:
     atomic_write(folder / "config.yaml", dump_config(config))
     atomic_write(folder / DATA_SET, splits.info.to_json().encode() + b"\n")
+    mark_run(folder)
 
 
 def _mend_configuration(run: Run, config: Config, splits: Splits) -> None:

@@ -6,6 +6,7 @@ import os
 import pty
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,8 @@ SHOWN = {name: os.environ[name] for name in HIDING if name in os.environ}  # whi
 CLEAN = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "ACCELERATE_", "SLURM_", "OMP_"))} | HIDING
 if sys.platform == "darwin":  # where nothing hides the GPU
     CLEAN["ACCELERATE_USE_CPU"] = "true"
+STATE = tempfile.TemporaryDirectory(prefix="digitdist-state-")  # by whose secret a run is known to be made here
+CLEAN["XDG_STATE_HOME"] = STATE.name
 CLEAN["GOMP_SPINCOUNT"] = "0"  # threads that spin while they wait slow each other 20 times on a busy machine
 
 
