@@ -128,7 +128,7 @@ def _read_yaml(path: Path, label: str) -> list[tuple[str, Any]]:
     except UnicodeDecodeError:
         raise UserError(f"{shown(label)} is not text in UTF-8; write it anew as YAML in UTF-8") from None
     except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{shown(label)} is not valid YAML: {describe_problem(error)}") from None
+        raise UserError(f"{shown(label)} is not valid YAML: {shown(describe_problem(error))}") from None
     if tree is None:
         return []
     if not isinstance(tree, dict):
@@ -189,7 +189,7 @@ def _read_overrides(overrides: Sequence[str], mistakes: list[str]) -> list[tuple
                 if key and not key.is_mapping:
                     pairs.append((name, value))
                     continue
-                problem = describe_problem(error)
+                problem = shown(describe_problem(error))
                 mistakes.append(f"{shown(text)} is not valid YAML ({problem}); text with such characters needs quotes")
     return pairs
 

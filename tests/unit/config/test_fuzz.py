@@ -15,12 +15,6 @@ from digitdist.config import as_dict, dump_config, load_stored_config, read_conf
 
 INDICATORS = [mark.encode() for mark in "-?:,[]{}#&*!|>'\"%@`\n\r\t \0~=$\\" + "\x85\u2028\ufeff"]
 INDICATORS += [b"${", b"\\${", b"<<: ", b"*a", b"&a "]
-    b"${",
-    b"\\${",
-    b"<<: ",
-    b"*a",
-    b"&a ",
-]
 
 
 @pytest.fixture
