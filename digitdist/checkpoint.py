@@ -269,7 +269,7 @@ def main() -> None:
     parser.add_argument("action", choices=["verify"])
     parser.add_argument("run", metavar="RUN", help="a run's folder, or its name in runs")
     arguments = parser.parse_args()
-    parents = [run / "checkpoints" for run in (Path(arguments.run), Path("runs") / arguments.run)]
+    parents = [run / "checkpoints" for run in (Path(os.path.expanduser(arguments.run)), Path("runs") / arguments.run)]
     parent = next((parent for parent in parents if parent.is_dir()), None)
     if parent is None:
         raise UserError(f"{arguments.run}: no run of that folder or name has checkpoints; give runs/NAME")

@@ -11,6 +11,7 @@ from digitdist.config.values import shown
 from digitdist.world import is_main
 
 MAX_NAME_BYTES = 255  # of a file's name, on every file system in use
+MAX_SHARDS = 2**16  # of a global batch, in exact mode
 CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile that replay recorded kernels
 
 
@@ -32,6 +33,17 @@ def check_combinations(config: Config) -> list[str]:
         mistakes.append(
             f"train.compile={config.train.compile} is not allowed with sync.mode=exact; set it to none: what is compiled,"
             " and so its rounding, depends on the batch sizes that a process has met"
+        )
+    train, shards = config.train, config.sync.shards if config.sync.mode == "exact" else 1
+    if train.accumulate > config.data.batch_size:
+        mistakes.append(
+            f"train.accumulate={train.accumulate} is not allowed with data.batch_size={config.data.batch_size}; it takes at"
+            " most that: a batch has no more micro-batches than images"
+        )
+    elif shards * train.accumulate > MAX_SHARDS:
+        mistakes.append(
+            f"train.accumulate={train.accumulate} is not allowed with sync.shards={shards}; their product is at most"
+            f" {MAX_SHARDS}"
         )
     if config.train.compile in CUDA_GRAPHS and config.train.accumulate > 1:
         mistakes.append(

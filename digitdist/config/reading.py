@@ -24,6 +24,7 @@ from digitdist.errors import UserError
 
 MAX_BYTES = 2**20  # of a file
 MAX_MISTAKES = 20  # that are told
+NULLS = ("null", "Null", "NULL", "~")
 PLACES = ("run.dir", "checkpoint.resume")  # as they were when a run was trained; it may lie elsewhere now
 
 Values = dict[str, Any]  # by dotted key; arguments of a class are one mapping
@@ -49,9 +50,10 @@ def read_config(files: Sequence[str], overrides: Sequence[str]) -> tuple[Config,
     """
     mistakes: list[str] = []
     values: Values = {}
-    shipped = shipped_configs()
     for file in files:
-        path = shipped[file] if file in shipped and not os.path.isfile(file) else Path(file)
+        path = Path(os.path.expanduser(file))
+        if not os.path.isfile(path):
+            path = shipped_configs().get(file, path)
         try:
             pairs = _read_yaml(path, f"--config {file}")
         except UserError as error:
@@ -126,7 +128,7 @@ def _read_yaml(path: Path, label: str) -> list[tuple[str, Any]]:
     except UnicodeDecodeError:
         raise UserError(f"{shown(label)} is not text in UTF-8; write it anew as YAML in UTF-8") from None
     except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{shown(label)} is not valid YAML: {describe_problem(error)}") from None
+        raise UserError(f"{shown(label)} is not valid YAML: {shown(describe_problem(error))}") from None
     if tree is None:
         return []
     if not isinstance(tree, dict):
@@ -178,13 +180,16 @@ def _read_overrides(overrides: Sequence[str], mistakes: list[str]) -> list[tuple
         key = KEYS.get(name)
         if not equals:
             mistakes.append(f"{shown(repr(text))} is not key=value; write for example data.batch_size=256")
-        elif key and (not value or (key.holds_text and not key.is_list)):
-            pairs.append((name, None if value.strip() in ("null", "Null", "NULL", "~") else value))
+        elif key and not key.is_list and not key.is_mapping:
+            pairs.append((name, None if key.holds_text and value in NULLS else value))
         else:
             try:
                 pairs.append((name, parse_yaml(value)[1 if key and key.is_list else 0]))
             except (yaml.YAMLError, ValueError) as error:
-                problem = describe_problem(error)
+                if key and not key.is_mapping:
+                    pairs.append((name, value))
+                    continue
+                problem = shown(describe_problem(error))
                 mistakes.append(f"{shown(text)} is not valid YAML ({problem}); text with such characters needs quotes")
     return pairs
 
@@ -239,7 +244,7 @@ def _settle(values: Values) -> tuple[Config, dict[str, str]]:
             fitting = fit(key, value)
             settled[name] = expand_user(fitting) if name in FOLDERS else fitting
         except ValueError as error:
-            reason = f" ({error})" if str(error) else ""
+            reason = f" ({shown(error)})" if str(error) else ""
             wrong[name] = f"{name}={shown(given)} is not allowed{reason}; {name} takes {key.allowed}"
 
     unresolved = {name: value for name, value in values.items() if count(value)}
@@ -248,7 +253,7 @@ def _settle(values: Values) -> tuple[Config, dict[str, str]]:
     for name, value in (resolve(settled, unresolved) if unresolved else {}).items():
         if isinstance(value, Unresolvable):
             advice = r"name a key, or a variable as ${oc.env:NAME}, and write \${ for the two characters"
-            wrong[name] = f"{name}={shown(values[name])} cannot be resolved ({value}); {advice}"
+            wrong[name] = f"{name}={shown(values[name])} cannot be resolved ({shown(value)}); {advice}"
         else:
             put(name, value, values[name])
     config = Config()

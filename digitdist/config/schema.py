@@ -9,6 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+# Bounds beyond which a number is a slip: what is counted up to them fits into any integer and any time that is kept here.
+MANY, MANY_IMAGES, FAR = 10**12, 2**20, 1e9
+
 
 def key(
     default: Any,
@@ -48,13 +51,20 @@ class DataConfig:
     workers: int | None = key(
         None, "processes of each rank that read images; null: one a core, at most 4", ge=0, le=64, alters_result=False
     )
-    batch_size: int = key(100, "global batch: images of one step, over all ranks and micro-batches", ge=1)
+    batch_size: int = key(100, "global batch: images of one step, over all ranks and micro-batches", ge=1, le=MANY_IMAGES)
     eval_batch_size: int = key(
-        1000, "images of an evaluation batch, which is cut into sync.shards chunks", ge=1, alters_result=False
+        1000,
+        "images of an evaluation batch, which is cut into sync.shards chunks",
+        ge=1,
+        le=MANY_IMAGES,
+        alters_result=False,
     )
-    validation: int = key(0, "training images held out for choosing; a fixed choice by seed", ge=0)
+    validation: int = key(0, "training images held out for choosing; a fixed choice by seed", ge=0, le=MANY)
     focus: int = key(
-        1, "passes of each epoch after the first, over images with the highest losses and some others; 1: over all", ge=1
+        1,
+        "passes of each epoch after the first, over images with the highest losses and some others; 1: over all",
+        ge=1,
+        le=1000,
     )
 
 
@@ -82,12 +92,12 @@ class OptimConfig:
     """The optimizer."""
 
     name: Literal["adam", "adamw", "sgd"] = key("adam", "optimizer")
-    lr: float = key(0.001, "learning rate, the peak of the schedule", gt=0)
-    weight_decay: float = key(0.0, "L2 penalty (adam, sgd) or decoupled decay (adamw)", ge=0)
+    lr: float = key(0.001, "learning rate, the peak of the schedule", gt=0, le=1e6)
+    weight_decay: float = key(0.0, "L2 penalty (adam, sgd) or decoupled decay (adamw)", ge=0, le=1e6)
     momentum: float = key(0.9, "momentum of sgd", ge=0, le=0.9999)
     beta1: float = key(0.9, "decay of Adam's first moment", ge=0, le=0.9999)
     beta2: float = key(0.999, "decay of Adam's second moment", ge=0, le=0.999999)
-    clip_norm: float = key(0.0, "largest L2 norm of a step's gradient; 0: no clipping", ge=0)
+    clip_norm: float = key(0.0, "largest L2 norm of a step's gradient; 0: no clipping", ge=0, le=1e12)
     ema: float = key(0.0, "decay of the moving average of weights, which is then evaluated; 0: none", ge=0, le=0.999999)
 
 
@@ -96,8 +106,8 @@ class ScheduleConfig:
     """The learning rate as a function of the step."""
 
     name: Literal["constant", "step", "cosine", "onecycle"] = key("constant", "learning rate over steps")
-    warmup_steps: int = key(0, "steps of linear warm-up from 0 (onecycle has its own)", ge=0)
-    step_epochs: float = key(1.0, "step: epochs between two drops", gt=0)
+    warmup_steps: int = key(0, "steps of linear warm-up from 0 (onecycle has its own)", ge=0, le=MANY)
+    step_epochs: float = key(1.0, "step: epochs between two drops", gt=0, le=FAR)
     gamma: float = key(0.7, "step: factor of a drop", gt=0, le=1)
     peak: float = key(0.3, "onecycle: position of the peak, as a fraction of all steps", ge=0, le=0.99)
     final: float = key(0.0, "cosine, onecycle: last rate as a fraction of optim.lr", ge=0, le=1)
@@ -107,9 +117,9 @@ class ScheduleConfig:
 class TrainConfig:
     """The training and its speed."""
 
-    epochs: float = key(9.0, "passes over the training set; may be fractional", gt=0, alters_result=False)
-    max_steps: int | None = key(None, "ends training earlier, after this many steps", ge=1, alters_result=False)
-    accumulate: int = key(1, "micro-batches a step, to save memory; the step remains that of the global batch", ge=1)
+    epochs: float = key(9.0, "passes over the training set; may be fractional", gt=0, le=FAR, alters_result=False)
+    max_steps: int | None = key(None, "ends training earlier, after this many steps", ge=1, le=MANY, alters_result=False)
+    accumulate: int = key(1, "micro-batches a step, to save memory; the step remains that of the global batch", ge=1, le=4096)
     precision: Literal["auto", "fp32", "no", "bf16", "fp16"] = key(
         "auto", "auto: what accelerate launch was told, else the device's best"
     )
@@ -120,12 +130,16 @@ class TrainConfig:
         None, "threads a process; default: cores / local ranks, in exact mode 1", ge=1, le=1024, alters_result=("exact",)
     )
     label_smoothing: float = key(0.0, "label smoothing of the training loss", ge=0, le=0.99)
-    log_every: int = key(20, "steps between two lines of the log", ge=1, alters_result=False)
+    log_every: int = key(20, "steps between two lines of the log", ge=1, le=MANY, alters_result=False)
     profile: int = key(
-        0, "steps to profile after a short warm-up, into trace.json of the run's folder; 0: none", ge=0, alters_result=False
+        0,
+        "steps to profile after a short warm-up, into trace.json of the run's folder; 0: none",
+        ge=0,
+        le=10_000,
+        alters_result=False,
     )
     eval_every: int = key(
-        1, "epochs between two evaluations; 0: only at the end", ge=0, alters_result=("local",)
+        1, "epochs between two evaluations; 0: only at the end", ge=0, le=MANY, alters_result=("local",)
     )  # in local mode ranks also synchronise before an evaluation
 
 
@@ -138,8 +152,8 @@ class SyncConfig:
         "how ranks agree on a step; exact: the same bits on any world size; local: only every few steps (DiLoCo)",
     )
     shards: int = key(8, "exact: fixed parts of a global batch, and the largest world size", ge=1, le=4096)
-    every: int = key(50, "local: steps between two synchronisations", ge=1)
-    outer_lr: float = key(1.0, "local: rate of the outer step; 1 with outer_momentum=0 is plain averaging", gt=0)
+    every: int = key(50, "local: steps between two synchronisations", ge=1, le=MANY)
+    outer_lr: float = key(1.0, "local: rate of the outer step; 1 with outer_momentum=0 is plain averaging", gt=0, le=1e6)
     outer_momentum: float = key(0.5, "local: Nesterov momentum of the outer step", ge=0, le=0.9999)
     overlap: bool = key(False, "local: train on while ranks exchange; the outer step then comes one round late")
     compress: Literal["none", "bf16", "fp16", "powersgd"] = key("none", "ddp: compression of gradients, for slow links")
@@ -147,10 +161,12 @@ class SyncConfig:
         False, "ddp, on GPUs: BatchNorm takes the statistics of all ranks' images together", alters_result=("ddp",)
     )
     check_every: int = key(
-        200, "steps between two comparisons of the weights of all ranks; 0: never", ge=0, alters_result=False
+        200, "steps between two comparisons of the weights of all ranks; 0: never", ge=0, le=MANY, alters_result=False
     )
-    join_timeout_s: float = key(600.0, "seconds to wait at the start for every rank", gt=0, alters_result=False)
-    timeout_s: float = key(300.0, "seconds after which a rank that does not answer ends the run", gt=0, alters_result=False)
+    join_timeout_s: float = key(600.0, "seconds to wait at the start for every rank", gt=0, le=1e6, alters_result=False)
+    timeout_s: float = key(
+        300.0, "seconds after which a rank that does not answer ends the run", gt=0, le=1e6, alters_result=False
+    )
 
 
 @dataclass
@@ -158,9 +174,9 @@ class CheckpointConfig:
     """What is saved and resumed."""
 
     every_steps: int = key(
-        600, "steps between two checkpoints; 0: only at the end", ge=0, alters_result=("local",)
+        600, "steps between two checkpoints; 0: only at the end", ge=0, le=MANY, alters_result=("local",)
     )  # in local mode ranks also synchronise before a checkpoint
-    keep: int = key(3, "number of latest checkpoints kept", ge=1, alters_result=False)
+    keep: int = key(3, "number of latest checkpoints kept", ge=1, le=MANY, alters_result=False)
     resume: str = key(
         "auto", "auto: resume the run of that name; never: start over; or a checkpoint's folder", alters_result=False
     )

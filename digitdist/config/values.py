@@ -8,7 +8,7 @@ import yaml
 
 from digitdist.config.interpolation import texts_in
 from digitdist.config.keys import Key
-from digitdist.config.yaml_core import parse_yaml
+from digitdist.config.yaml_core import describe_problem, parse_scalar
 
 MAX_SHOWN = 200
 MISSING = "???"
@@ -60,9 +60,9 @@ def _is_unicode(text: str) -> bool:
 
 def _scalar(text: str) -> Any:
     try:
-        return parse_yaml(text)[0] if text else text
-    except yaml.YAMLError:
-        return text
+        return parse_scalar(text)
+    except yaml.YAMLError as error:
+        raise ValueError(describe_problem(error)) from None
 
 
 def _text(value: Any) -> str:

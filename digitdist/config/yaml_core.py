@@ -22,7 +22,7 @@ NULL = re.compile(r"~|null|Null|NULL|")
 INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 PREFIX = "tag:yaml.org,2002:"
-BREAKS = re.compile(r"[\x85\u2028\u2029]")  # which PyYAML takes for ends of lines unless they are escaped
+BREAKS = re.compile(r"[\x85\u2028\u2029]")  # ends of lines in YAML 1.1, but not in YAML 1.2
 
 
 class _CoreLoader(yaml.SafeLoader):
@@ -125,6 +125,8 @@ def parse_yaml(text: str) -> tuple[Any, Any]:
     Raises:
         yaml.YAMLError: it is not valid YAML, or one of what is refused here.
     """
+    if found := BREAKS.search(text) or re.match("\ufeff", text):
+        raise yaml.YAMLError(f"the character U+{ord(found[0]):04X}; write it as an escape in double quotes")
     loader = _CoreLoader(text)
     try:
         node = loader.get_single_node()
@@ -134,6 +136,17 @@ def parse_yaml(text: str) -> tuple[Any, Any]:
         return loader.construct_document(node), _TextConstructor().construct_document(node)
     finally:
         loader.dispose()
+
+
+def parse_scalar(text: str) -> Any:
+    """The value of a plain scalar, but for an empty one, which stays text.
+
+    Raises:
+        yaml.YAMLError: a number has too many digits.
+    """
+    loader, plain = _CoreLoader(""), text.strip(" \t\r\n")
+    tag = loader.resolve(yaml.ScalarNode, plain, (True, False))
+    return loader.construct_object(yaml.ScalarNode(tag, plain)) if plain and tag in loader.yaml_constructors else text
 
 
 def _measure(node: yaml.Node, level: int, known: dict[yaml.Node, tuple[int, int]]) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -133,8 +134,8 @@ def find_run(name: str, runs: str = "runs") -> Path:
     Raises:
         UserError: there is none.
     """
-    for folder in (Path(name), Path(runs) / name):
-        if (folder / CONFIG).is_file():
+    for folder in (Path(os.path.expanduser(name)), Path(runs) / name):
+        if os.path.isfile(folder / CONFIG):
             return folder
     existing = sorted(path.parent.name for path in Path(runs).glob(f"*/{CONFIG}"))
     known = f"in {runs} there are {', '.join(existing)}" if existing else f"there is no run in {runs}"
