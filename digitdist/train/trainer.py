@@ -8,9 +8,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from digitdist.checkpoint import DamagedCheckpoint, folder_name, write
+from digitdist.checkpoint import Checkpoint, DamagedCheckpoint, folder_name, write
 from digitdist.data import Batch, TrainingSampler, prepare_loader
-from digitdist.distributed import Heartbeat, StopRequest, check_equal, peak_memory_mb, run_on_main
+from digitdist.distributed import Heartbeat, StopRequest, check_equal, peak_memory_mb, work_on_main
 from digitdist.errors import Fault, Stopped
 from digitdist.evaluate import Evaluation, chunked_loader, evaluate
 from digitdist.model_state import model_state
@@ -196,21 +196,23 @@ class Trainer:
         self.strategy.drain(self.step)
         self.strategy.broadcast_buffers(self.average.networks)
         self.phase("save")
-        stored, failure = self.state.to_checkpoint(), None
-        if self.is_main:
-            best = folder_name(self.state.best["step"]) if self.state.best else None
-            try:
-                write(self.run.checkpoints, stored, self.config.checkpoint.keep, best, lambda: self.phase("save"))
-            except (OSError, DamagedCheckpoint) as error:
-                failure = str(error)
-        if last:
-            failure = run_on_main(self.accelerator, lambda: failure)
-            if failure:
-                raise Fault(f"the last checkpoint, of step {self.step}, cannot be written: {failure}")
-        elif failure:
+        stored = self.state.to_checkpoint()
+        failure = work_on_main(self.accelerator, lambda: self._write(stored), self.heartbeat)
+        if failure and last:
+            raise Fault(f"the last checkpoint, of step {self.step}, cannot be written: {failure}")
+        if failure:
             self.recorder.display.print(
                 f"the checkpoint of step {self.step} cannot be written ({failure}); training continues, older ones are kept"
             )
+
+    def _write(self, stored: Checkpoint) -> str | None:
+        """Writes a checkpoint; says why it cannot be written, if so."""
+        best = folder_name(self.state.best["step"]) if self.state.best else None
+        try:
+            write(self.run.checkpoints, stored, self.config.checkpoint.keep, best, lambda: self.phase("save"))
+        except (OSError, DamagedCheckpoint) as error:
+            return str(error)
+        return None
 
     def stop(self) -> None:
         """Ends a run that was asked to stop, after its checkpoint."""
