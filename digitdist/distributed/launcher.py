@@ -20,6 +20,8 @@ LAUNCHERS = ("torchrun", "accelerate", "accelerate-launch", "mpirun", "mpiexec",
 LAUNCHER_MODULES = ("torch.distributed.", "accelerate.commands.")  # as in python -m
 DAEMONS = ("slurmstepd", "orted", "prted", "hydra_pmi_proxy")  # of srun and of MPI's launchers, by the names of processes
 DECIDED = ("distributed_type", "num_processes", "mixed_precision", "use_cpu")  # by Accelerate's default configuration
+# What psutil raises where a process is gone, hidden, or described otherwise than Linux does.
+PSUTIL_ERRORS = (psutil.Error, OSError, RuntimeError, ValueError, IndexError)
 LOOK_EVERY_S = 0.5
 END_GRACE_S = 120.0  # for the step that is going on, and its checkpoint, once the launcher has ended
 
@@ -34,7 +36,7 @@ def launcher_start_time() -> float | None:
         return None
     try:
         return psutil.Process(os.getppid()).create_time() if max_restarts() or is_launcher(os.getppid()) else None
-    except _UNKNOWN:
+    except PSUTIL_ERRORS:
         return None
 
 
@@ -66,7 +68,7 @@ def is_launcher(pid: int) -> bool:
         if process.name().split(":")[0] in DAEMONS:
             return True
         return any(PurePath(word).name in LAUNCHERS or word.startswith(LAUNCHER_MODULES) for word in process.cmdline()[:4])
-    except _UNKNOWN:
+    except PSUTIL_ERRORS:
         return False
 
 
@@ -85,7 +87,7 @@ def default_launch_config() -> str | None:
         if not file.is_file():
             return None
         content = yaml.safe_load(file.read_text())  # JSON is YAML, too
-    except (*_UNKNOWN, yaml.YAMLError):
+    except (*PSUTIL_ERRORS, yaml.YAMLError):
         return None
     given = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in words if word.startswith("--")}
     if given & {"config_file", "cpu"} or not isinstance(content, dict):
@@ -103,7 +105,3 @@ def _end_after_launcher() -> NoReturn:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(END_GRACE_S)
     os._exit(EXIT_FAULT)
-
-
-# What psutil raises where a process is gone, hidden, or described otherwise than Linux does.
-_UNKNOWN = (psutil.Error, OSError, RuntimeError, ValueError, IndexError)
