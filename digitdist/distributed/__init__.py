@@ -4,7 +4,7 @@ Whatever depends on a launcher, a device, a signal or another rank's fate belong
 """
 
 from digitdist.distributed.accelerator import prepare_module, start_accelerator
-from digitdist.distributed.collectives import broadcast_tensors, check_equal, gather_rows, run_on_main
+from digitdist.distributed.collectives import broadcast_tensors, check_equal, gather_rows, run_on_main, work_on_main
 from digitdist.distributed.device import (
     describe_instructions,
     device_name,
@@ -71,4 +71,5 @@ __all__ = [
     "takes_pinned_memory",
     "to_device",
     "use_deterministic_algorithms",
+    "work_on_main",
 ]

@@ -15,6 +15,7 @@ from accelerate.utils import GradientAccumulationPlugin, check_cuda_p2p_ib_suppo
 from torch import nn
 
 from digitdist.config import Config
+from digitdist.distributed.launcher import PSUTIL_ERRORS
 from digitdist.distributed.plan import Plan
 from digitdist.distributed.process import note_process_group
 from digitdist.distributed.shortcuts import keep_freed_memory, use_deterministic_algorithms
@@ -94,7 +95,7 @@ def _choose_network_interface(address: str) -> None:
     """
     try:
         addresses = [(name, entry.address) for name, entries in psutil.net_if_addrs().items() for entry in entries]
-    except (OSError, RuntimeError, psutil.Error):  # a system that does not tell
+    except PSUTIL_ERRORS:  # a system that does not tell
         return
     outer = [(name, own) for name, own in addresses if not _is_loopback(own)]
     for target in (address, ELSEWHERE):

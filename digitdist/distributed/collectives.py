@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
 import torch
@@ -12,9 +14,11 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 from digitdist.checkpoint import Tensors, weights_sha256
+from digitdist.distributed.heartbeat import Heartbeat
 from digitdist.errors import Fault, Stopped, UserError
 
 T = TypeVar("T")
+STILL_AT_IT_S = 0.5  # between two signs of life; `sync.timeout_s` may be as short as tests have it
 
 
 def run_on_main(accelerator: Accelerator, act: Callable[[], T]) -> T:
@@ -32,6 +36,34 @@ def run_on_main(accelerator: Accelerator, act: Callable[[], T]) -> T:
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def work_on_main(accelerator: Accelerator, act: Callable[[], T], heartbeat: Heartbeat) -> T:
+    """As `run_on_main`, for an `act` that may take any time: the main rank says at intervals that it is at it, so that no other
+    takes it for frozen. A rank that is frozen, or killed, while it acts ends the run as at any other time.
+
+    `act` runs in a thread where there are other ranks. An error of another type than those of `run_on_main` is the main rank's
+    own. Collective: every rank must call it.
+    """
+    if accelerator.num_processes == 1:
+        return act()
+    outcome: Future[T] = Future()
+    if accelerator.is_main_process:
+        threading.Thread(target=_fulfil, args=[outcome, act], name="main's work", daemon=True).start()
+    is_done = [False]
+    while not is_done[0]:
+        if accelerator.is_main_process:
+            is_done[0] = bool(wait([outcome], timeout=STILL_AT_IT_S).done)
+        heartbeat.turns += 1  # neither the rank that acts nor one that waits for it is frozen, as `PeerWatch` would think
+        broadcast_object_list(is_done)
+    return run_on_main(accelerator, outcome.result)
+
+
+def _fulfil(outcome: Future[T], act: Callable[[], T]) -> None:
+    try:
+        outcome.set_result(act())
+    except BaseException as error:
+        outcome.set_exception(error)
 
 
 def gather_rows(accelerator: Accelerator, rows: Tensor, padding: int) -> Tensor:

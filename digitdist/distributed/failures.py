@@ -13,6 +13,7 @@ import psutil
 import torch.distributed as dist
 
 from digitdist.distributed.heartbeat import NOTICED, RAISED, RUNNING, Beat, Heartbeat
+from digitdist.distributed.launcher import PSUTIL_ERRORS
 
 GLOO_SOURCE = re.compile(r"\[\S*/gloo/\S+\.(cc|h):\d+\] ")  # with which gloo begins what it says
 SEARCH_S = 2.0  # in which a process that was just killed is seen as gone
@@ -85,14 +86,14 @@ def _is_gone(pid: int) -> bool:
         return psutil.Process(pid).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
     except psutil.NoSuchProcess:
         return True
-    except (psutil.Error, OSError, ValueError):  # a system that does not tell
+    except PSUTIL_ERRORS:  # a system that does not tell
         return False
 
 
 def _is_frozen(pid: int) -> bool:
     try:
         return psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
-    except (psutil.Error, OSError, ValueError):
+    except PSUTIL_ERRORS:
         return False
 
 

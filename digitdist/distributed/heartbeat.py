@@ -64,6 +64,7 @@ class Heartbeat:
                 opened.flush()
             self._map = mmap.mmap(opened.fileno(), size)
         self.world_size = world.size
+        self.turns = 0  # how often this rank's main thread has been round in a wait that may be long
         self.rank, self.host = world.rank, zlib.crc32(platform.node().encode())
         self.timer, self.step, self._state = PhaseTimer(), 0, RUNNING
         runs_ahead = device is not None and device.type != "cpu" and world.size > 1

@@ -6,10 +6,11 @@ import os
 import signal
 import threading
 import time
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import NoReturn
 
 import psutil
+import yaml
 
 from digitdist.errors import EXIT_FAULT
 from digitdist.process_start import PARENT
@@ -18,6 +19,9 @@ from digitdist.world import max_restarts, restart_count, several_hosts, under_ac
 LAUNCHERS = ("torchrun", "accelerate", "accelerate-launch", "mpirun", "mpiexec", "wandb")  # as programs; `wandb agent`
 LAUNCHER_MODULES = ("torch.distributed.", "accelerate.commands.")  # as in python -m
 DAEMONS = ("slurmstepd", "orted", "prted", "hydra_pmi_proxy")  # of srun and of MPI's launchers, by the names of processes
+DECIDED = ("distributed_type", "num_processes", "mixed_precision", "use_cpu")  # by Accelerate's default configuration
+# What psutil raises where a process is gone, hidden, or described otherwise than Linux does.
+PSUTIL_ERRORS = (psutil.Error, OSError, RuntimeError, ValueError, IndexError)
 LOOK_EVERY_S = 0.5
 END_GRACE_S = 120.0  # for the step that is going on, and its checkpoint, once the launcher has ended
 
@@ -32,7 +36,7 @@ def launcher_start_time() -> float | None:
         return None
     try:
         return psutil.Process(os.getppid()).create_time() if max_restarts() or is_launcher(os.getppid()) else None
-    except _UNKNOWN:
+    except PSUTIL_ERRORS:
         return None
 
 
@@ -64,17 +68,34 @@ def is_launcher(pid: int) -> bool:
         if process.name().split(":")[0] in DAEMONS:
             return True
         return any(PurePath(word).name in LAUNCHERS or word.startswith(LAUNCHER_MODULES) for word in process.cmdline()[:4])
-    except _UNKNOWN:
+    except PSUTIL_ERRORS:
         return False
 
 
-def launch_arguments() -> list[str] | None:
-    """The command line of the `accelerate launch` that has started this process; None if another program has."""
-    try:
-        words = psutil.Process(os.getppid()).cmdline() if under_accelerate() else []
-    except _UNKNOWN:
+def default_launch_config() -> str | None:
+    """What Accelerate's own ``default_config.yaml`` decides of this launch, with its path; None where it decides nothing.
+
+    `accelerate launch` reads that file, which `accelerate config` wrote at some time, wherever it is given no other.
+    """
+    if not under_accelerate() or not is_launcher(os.getppid()):
         return None
-    return words if any(PurePath(word).name.startswith("accelerate") for word in words[:4]) else None
+    from accelerate.commands.config.config_args import default_config_file  # only here, since it imports much else
+
+    file = Path(default_config_file)
+    try:
+        words = psutil.Process(os.getppid()).cmdline()
+        if not file.is_file():
+            return None
+        content = yaml.safe_load(file.read_text())  # JSON is YAML, too
+    except (*PSUTIL_ERRORS, yaml.YAMLError):
+        return None
+    given = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in words if word.startswith("--")}
+    if given & {"config_file", "cpu"} or not isinstance(content, dict):
+        return None
+    decided = [f"{name}={content[name]}" for name in DECIDED if content.get(name) is not None and name not in given]
+    return (
+        f"{file} decides {', '.join(decided)}; give accelerate launch another --config_file, or remove it" if decided else None
+    )
 
 
 def _end_after_launcher() -> NoReturn:
@@ -84,7 +105,3 @@ def _end_after_launcher() -> NoReturn:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(END_GRACE_S)
     os._exit(EXIT_FAULT)
-
-
-# What psutil raises where a process is gone, hidden, or described otherwise than Linux does.
-_UNKNOWN = (psutil.Error, OSError, RuntimeError, ValueError, IndexError)

@@ -49,7 +49,7 @@ class ExpendableStream:
 
 
 def make_expendable(*names: str) -> None:
-    """Makes ``stdout`` or ``stderr`` of `sys`, or both, an `ExpendableStream`; one that was closed at the start is empty."""
+    """Makes ``stdout`` or ``stderr`` of `sys`, or both, an `ExpendableStream`; one that is closed goes nowhere."""
     for name in names:
         stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115, it is kept as long as the process lives
         if not isinstance(stream, ExpendableStream):

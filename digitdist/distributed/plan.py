@@ -10,6 +10,7 @@ import torch
 
 from digitdist.config import Config, ModelConfig
 from digitdist.distributed.device import X86_BF16, accelerator_type, cpu_features, describe_instructions, lacks, num_cores
+from digitdist.distributed.launcher import default_launch_config
 from digitdist.distributed.quotas import cpu_quota
 from digitdist.errors import UserError
 from digitdist.world import World, environment_flag, read_world
@@ -71,6 +72,9 @@ def make_plan(config: Config) -> Plan:
         raise UserError(*mistakes)
     if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper() != "NO":
         notes += ("accelerate launch asked for a dynamo backend, which is not used; train.compile=default compiles",)
+    default = default_launch_config()
+    if default:
+        notes += (f"launcher   {default}",)
     quota = cpu_quota()
     threads = 1 if config.sync.mode == "exact" else max(1, num_cores(quota) // world.local_size)
     return Plan(world, cpu, device_type, precision, config.train.threads or threads, notes, quota)

@@ -64,7 +64,7 @@ class PeerWatch:
         """Looks once, `seconds` after the time before."""
         self.heartbeat.write_reached()
         frame = sys._current_frames().get(self._main)
-        position = (self.heartbeat.position, id(frame), frame and frame.f_lasti)
+        position = (self.heartbeat.position, self.heartbeat.turns, id(frame), frame and frame.f_lasti)
         self._waiting_s = self._waiting_s + seconds if position == self._position else 0.0
         self._position = position
         others = [beat for beat in self.heartbeat.beats() if beat.rank != self.heartbeat.rank]

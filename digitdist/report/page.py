@@ -70,7 +70,7 @@ def write_page(file: Path, template: str, **values: Any) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    atomic_write(file, _environment().get_template(f"{template}.html.j2").render(values).encode())
+    atomic_write(file, _environment().get_template(f"{template}.html.j2").render(values).encode(errors="backslashreplace"))
 
 
 def percent(correct: int, total: int) -> str:

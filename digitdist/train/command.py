@@ -162,7 +162,7 @@ def failures_named(heartbeat: Heartbeat, run: Run, timeout_s: float) -> Iterator
 def write_report(folder: Path) -> None:
     """Makes plots and page of a run in a process of its own: whatever becomes of it, the training is done."""
     command = [sys.executable, "-m", "digitdist.report", str(folder)]
-    made = subprocess.run(command, capture_output=True, text=True, check=False)
+    made = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if made.returncode:
         print_main(f"no report: {made.stderr.strip()[-300:]}; later: python -m digitdist.report {folder}")
     else:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from digitdist.checkpoint import Checkpoint, DamagedCheckpoint, folder_name, write
 from digitdist.data import Batch, TrainingSampler, prepare_loader
-from digitdist.distributed import Heartbeat, StopRequest, check_equal, peak_memory_mb, run_on_main
+from digitdist.distributed import Heartbeat, StopRequest, check_equal, peak_memory_mb, run_on_main, work_on_main
 from digitdist.errors import Fault, Stopped
 from digitdist.evaluate import Evaluation, chunked_loader, evaluate
 from digitdist.files import sync
@@ -206,12 +206,10 @@ class Trainer:
         self._check_weights(self.average.networks)
         self.phase("save")
         stored = self.state.to_checkpoint()
-        failure = self._write(stored) if self.is_main else None
-        if last:
-            failure = run_on_main(self.accelerator, lambda: failure)
-            if failure:
-                raise Fault(f"the last checkpoint, of step {self.step}, cannot be written: {failure}")
-        elif failure and not self.is_unsaved:
+        failure = work_on_main(self.accelerator, lambda: self._write(stored), self.heartbeat)
+        if failure and last:
+            raise Fault(f"the last checkpoint, of step {self.step}, cannot be written: {failure}")
+        if failure and not self.is_unsaved:
             self.recorder.display.print(
                 f"the checkpoint of step {self.step} cannot be written ({failure}); training continues, older ones are kept"
             )

@@ -92,12 +92,19 @@ def ip(*arguments: str) -> None:
 
 
 @contextmanager
-def network(folders: Sequence[Path]) -> Iterator[list[Host]]:
-    """As many hosts as folders, h0, h1, …, each working in one of them; the same folder is a shared one."""
+def network(folders: Sequence[Path], own_name: str = "") -> Iterator[list[Host]]:
+    """As many hosts as folders, h0, h1, …, each working in one of them; the same folder is a shared one.
+
+    `own_name`: the address that the ``/etc/hosts`` of each gives its own name, if not the one by which others know it; Debian's
+    installer writes 127.0.1.1. The first host is also called ``first``, at that other address.
+    """
     hosts = []
-    names = folders[0].parent / "hosts"
-    lines = [f"10.77.0.{n + 1} h{n}" for n in range(len(folders))]
-    names.write_text("\n".join(["127.0.0.1 localhost", *lines]) + "\n")
+    addresses = {f"h{n}": f"10.77.0.{n + 1}" for n in range(len(folders))}
+    names = {}
+    for name in addresses:
+        lines = [f"{own_name if own_name and other == name else at} {other}" for other, at in addresses.items()]
+        names[name] = folders[0].parent / f"hosts-of-{name}"
+        names[name].write_text("\n".join(["127.0.0.1 localhost", *lines, f"{addresses['h0']} first"]) + "\n")
     for left in Path("/run/netns").glob("dd-*"):  # of a test that was killed
         kill_all(left.name)
         ip("netns", "delete", left.name)
@@ -106,7 +113,7 @@ def network(folders: Sequence[Path]) -> Iterator[list[Host]]:
         ip("-n", "dd-switch", "link", "add", "bridge", "type", "bridge")
         ip("-n", "dd-switch", "link", "set", "bridge", "up")
         for number, folder in enumerate(folders):
-            host = Host(f"h{number}", f"10.77.0.{number + 1}", folder, names)
+            host = Host(f"h{number}", addresses[f"h{number}"], folder, names[f"h{number}"])
             ip("netns", "add", host.namespace)
             hosts.append(host)
             port = ("netns", "dd-switch", "name", f"port{number}")

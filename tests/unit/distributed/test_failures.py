@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from digitdist.distributed import LEFT, NOTICED, RAISED, Heartbeat, failures, find_failed_rank
+from digitdist.distributed import LEFT, NOTICED, RAISED, Heartbeat, failures, find_failed_rank, is_collective_failure
 from digitdist.distributed.failures import has_failed
 from digitdist.world import World
 
@@ -99,3 +99,34 @@ def test_a_rank_that_has_left_with_all_others_has_not_failed(tmp_path: Path, mon
     beats[2].phase("data")
     monkeypatch.setattr("os.getpid", lambda: pid)
     assert [has_failed(beat) for beat in beats[0].beats()] == [False, False, True]
+
+
+GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:545] Connection closed by peer [127.0.0.1]:3507"
+
+
+def raised_by(module: str, error: BaseException) -> BaseException:
+    """`error` as it comes out of a function of that module."""
+    names = {"__name__": module, "error": error}
+    exec("def call(): raise error", names)
+    with pytest.raises(type(error)) as caught:
+        names["call"]()
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("module", "error", "is_anothers"),
+    [
+        ("torch.distributed.distributed_c10d", RuntimeError(GLOO), True),
+        ("torch.autograd.graph", RuntimeError(GLOO), True),  # of a backward pass in which gradients are reduced
+        ("digitdist.sync.tree", RuntimeError("Gloo connectFullMesh failed with " + GLOO), True),
+        ("digitdist.sync.tree", torch.distributed.DistBackendError("NCCL error"), True),
+        ("torch.nn.modules.linear", RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        ("digitdist.data.reading", FileNotFoundError(2, "No such file or directory", "/home/igloo/digits"), False),
+        ("digitdist.data.reading", RuntimeError("/home/gloo/data.cc: cut short"), False),
+        ("mine", RuntimeError("gloo: I know that name"), False),
+        ("mine", RuntimeError(GLOO), False),
+        ("mine", torch.distributed.DistStoreError("of a store of my own"), False),
+    ],
+)
+def test_another_ranks_failure_is_told_by_type_and_origin(module: str, error: BaseException, is_anothers: bool):
+    assert is_collective_failure(raised_by(module, error)) == is_anothers
