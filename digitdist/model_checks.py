@@ -24,8 +24,10 @@ CPU = torch.device("cpu")  # where trials are
 FEW_IMAGES = 4  # of a trial, where the network takes so few
 BUILT_IN_TWO_WAYS = (
     "the initial values of {name} are not a function of the seed: two builds of the network differ in them; draw them from"
-    " torch, numpy.random or random, not from a generator of your own (or set sync.check_every=0, which compares no weights)"
+    " torch, numpy.random or random, not from a generator of your own (or, with sync.mode=ddp, set sync.check_every=0: rank 0's"
+    " are taken)"
 )
+NOT_IN_EXACT = "; sync.mode=exact can have that in buffers alone: keep it in one (register_buffer), or choose another sync.mode"
 
 Build = Callable[[], nn.Module]
 Images = Callable[[int], tuple[Tensor, Tensor, int]]
@@ -75,7 +77,7 @@ def inspect_model(
         found = None
         for count in sorted({min(FEW_IMAGES, smallest), smallest, largest}):
             try:
-                found = _trial(build(), *images(count), bf16)
+                found = _trial(build(), *images(count), bf16, mode)
                 break
             except UserError:
                 raise
@@ -190,22 +192,38 @@ class _Outcome:
     one_graph: bool
 
 
-def _trial(model: nn.Module, pixels: Tensor, labels: Tensor, num_classes: int, bf16: bool) -> _Outcome:
-    """Two training steps without an update, and an evaluation between them."""
-    shapes = _shapes(model)
-    one_graph = _train_once(model, pixels, labels, num_classes, bf16)
+def _trial(model: nn.Module, pixels: Tensor, labels: Tensor, num_classes: int, bf16: bool, mode: str = "") -> _Outcome:
+    """Two training steps without an update, and an evaluation between them; for ``exact``, the first step once more."""
+    shapes, before, saved = _shapes(model), _outside_buffers(model), SavedBuffers(model)
+    first, one_graph = _train_once(model, pixels, labels, num_classes, bf16)
     logits = _evaluate_once(model, pixels, num_classes, bf16)
-    one_graph &= _train_once(model, pixels, labels, num_classes, bf16)
+    one_graph &= _train_once(model, pixels, labels, num_classes, bf16)[1]
     changed = sorted(name for name, shape in (_shapes(model).items() ^ shapes.items()))
     if changed:
         raise UserError(
             f"{changed[0]} changes its shape or dtype in forward, or is made there; make it in __init__, at full size"
         )
+    if mode == "exact":
+        now = _outside_buffers(model)
+        for name in sorted(name for name in before if before[name] != now.get(name)):
+            raise UserError(f"{name} changes in forward{NOT_IN_EXACT}")
+        saved.restore()
+        if not torch.equal(_train_once(model, pixels, labels, num_classes, bf16)[0], first):
+            raise UserError(
+                "a forward pass gives other logits for the same images, seed, weights and buffers: the model keeps something"
+                f" from one to the next{NOT_IN_EXACT}"
+            )
     return _Outcome(logits, one_graph)
 
 
-def _train_once(model: nn.Module, pixels: Tensor, labels: Tensor, num_classes: int, bf16: bool) -> bool:
-    """One forward and backward pass; whether all gradients came through the graph of the loss."""
+def _outside_buffers(model: nn.Module) -> dict[str, str]:
+    """A hash of each parameter and each extra state of `model`."""
+    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    return {name: weights_sha256({name: tensor}) for name, tensor in model_state(model).items() if name not in buffers}
+
+
+def _train_once(model: nn.Module, pixels: Tensor, labels: Tensor, num_classes: int, bf16: bool) -> tuple[Tensor, bool]:
+    """One forward and backward pass: its logits, and whether all gradients came through the graph of the loss."""
     model.train().zero_grad()
     seed_generators(0, CPU)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
@@ -220,7 +238,7 @@ def _train_once(model: nn.Module, pixels: Tensor, labels: Tensor, num_classes: i
     for name, gradient in gradients.items():
         if gradient.layout != torch.strided:
             raise UserError(f"the gradient of {name} is {gradient.layout}; let its layer give a dense one (sparse=False)")
-    return all(id(p) in reached for name, p in model.named_parameters() if name in gradients)
+    return logits.detach().clone(), all(id(p) in reached for name, p in model.named_parameters() if name in gradients)
 
 
 def _evaluate_once(model: nn.Module, pixels: Tensor, num_classes: int, bf16: bool) -> Tensor:

@@ -32,17 +32,27 @@ class BatchStatistics:
     def begin_step(self) -> None:
         """Remembers the running statistics before the forward passes of a step."""
         self.running, self.counts_before = self.of_last_forward(), [count.clone() for count in self.counts]
+        self.before = [buffer.clone() for buffer in self.buffers]
+
+    @torch.no_grad()
+    def begin_shard(self) -> None:
+        """Puts the statistics of before the step back, which a layer may read, or leave as they are where it is passed by."""
+        if self.buffers:
+            torch._foreach_copy_(self.buffers, self.before)
 
     def of_last_forward(self) -> Tensor:
         """[length], a copy, in the dtype of the buffers (the widest where they differ)."""
         return torch.cat(self.buffers) if self.buffers else self.momentum
 
     def fold(self, rows: list[Tensor]) -> None:
-        """Folds the statistics of all shards of a step, in their order, into the running ones."""
+        """Folds the statistics of all shards of a step, in their order, into the running ones; what a shard has left as it was
+        before the step is not folded."""
         if not self.buffers:
             return
+        before = self.running.clone()
         for row in rows:
-            self.running.lerp_(row.to(self.running.dtype), self.momentum)
+            row = row.to(self.running.dtype)
+            self.running.lerp_(torch.where(row == before, self.running, row), self.momentum)
         for buffer, value in zip(self.buffers, self.running.split([len(b) for b in self.buffers]), strict=True):
             buffer.copy_(value)
         for norm, count, before in zip(self.counted, self.counts, self.counts_before, strict=True):

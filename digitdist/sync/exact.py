@@ -52,6 +52,7 @@ class Exact(SynchronousStrategy):
         for shard in self.loss.micro_batches(batch, self.sharding, count):
             if not len(shard.labels):
                 continue  # the last shards of a small batch are empty, on any world size
+            self.statistics.begin_shard()
             self.phase("forward")
             with self.accelerator.autocast():
                 total = self.loss.total(shard, step)

@@ -167,7 +167,8 @@ class Trainer:
         if self.config.sync.mode == "exact":
             tensors |= model_state(model)
         for average in averages:
-            tensors |= {f"{name} of the moving average": tensor for name, tensor in average.state_dict().items()}
+            named = (*average.named_parameters(), *average.named_buffers())
+            tensors |= {f"{name} of the moving average": tensor for name, tensor in named}
         check_equal(tensors, self.step)
 
     def log(self, stats: StepStats) -> None:

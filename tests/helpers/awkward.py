@@ -274,6 +274,124 @@ class RunningMean(Base):
         return self.head((x - self.mean) / (1 + self.largest)) + 0.001 * self.count
 
 
+class NormsNowAndThen(Base):
+    """Which norms take part changes with step and micro-batch; one takes part twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.BatchNorm1d(49) for _ in range(3))
+        self.twice = nn.BatchNorm1d(49)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.small(images)
+        for norm in self.norms:
+            if not self.training or torch.rand(()) < 0.5:
+                x = norm(x)
+        return self.head(self.twice(self.twice(x).relu()))
+
+
+class Renorm(Base):
+    """Running statistics enter training: it normalises by them, half and half."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(49)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.small(images)
+        by_running = (x - self.norm.running_mean) / (self.norm.running_var + 0.1).sqrt()
+        return self.head(self.norm(x) + by_running)
+
+
+class LazyNorms(Base):
+    """Norms that learn their size in the first forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__(4 * 7 * 7)
+        norms = (nn.LazyBatchNorm2d(), nn.LazyInstanceNorm2d(track_running_stats=True, affine=True))
+        self.layers = nn.Sequential(nn.Conv2d(1, 4, 4, 4), *norms)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.layers(images).flatten(1))
+
+
+class OwnNorm(Base):
+    """A norm of its own, whose statistics change in place, and only after a few steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(49))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.small(images)
+        if self.training:
+            self.steps += 1
+            if self.steps > 3:
+                self.mean.lerp_(x.detach().mean(0), 0.5)
+        return self.head(x - self.mean)
+
+
+class HiddenState(Base):
+    """A running mean that is no buffer."""
+
+    mean: float | Tensor = 0.0
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.small(images)
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        return self.head(x - self.mean)
+
+
+class HiddenCounter(Base):
+    """A count of its forward passes that is no buffer."""
+
+    count = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.count += self.training
+        return super().forward(images) / (1 + self.count)
+
+
+class Remembers(Base):
+    """It keeps its last features, and does nothing with them."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.last = self.small(images)
+        return self.head(self.last)
+
+
+class ChangedParameter(Base):
+    """A running mean that is a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.zeros(49), requires_grad=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.small(images)
+        if self.training:
+            self.mean.lerp_(x.detach().mean(0), 0.1)
+        return self.head(x - self.mean)
+
+
+class ChangedExtraState(Base):
+    """A count in its extra state."""
+
+    steps = 0
+
+    def get_extra_state(self) -> object:
+        return {"steps": self.steps}
+
+    def set_extra_state(self, state: dict) -> None:
+        self.steps = state["steps"]
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.steps += self.training
+        return super().forward(images)
+
+
 class Tied(Base):
     """Two weights are one, and one module has two names."""
 

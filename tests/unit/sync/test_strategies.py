@@ -46,7 +46,7 @@ def test_on_another_world_size_or_from_an_older_checkpoint_local_mode_keeps_the_
     of_older_version = {name: group for name, group in stored.items() if name != "scaler-rank-0"}
     for found, scale in ((stored, 8), (of_two_ranks, 4), (of_older_version, 4)):
         accelerator.scaler.load_state_dict(accelerator.scaler.state_dict() | {"scale": 4.0})  # the main rank's
-        strategy.restore(found, optimizer)
+        strategy.restore(found, optimizer, [model])
         assert accelerator.scaler.get_scale() == scale
 
 
