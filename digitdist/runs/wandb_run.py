@@ -18,7 +18,7 @@ from digitdist.runs.metrics import METRICS
 from digitdist.runs.wandb_media import Media
 from digitdist.runs.wandb_record import begin_record, keep_media, stored_rows
 from digitdist.runs.wandb_server import wandb_mode
-from digitdist.runs.wandb_session import Session, prepare_environment, remove_temporary_folders
+from digitdist.runs.wandb_session import Session, prepare_environment, remove_service_folder, remove_temporary_folders
 
 INIT_TIMEOUT_S = 3.0  # wandb adds up to 10 s to this before it gives up
 UPLOAD_TIMEOUT_S = 6.0  # for what is left to send at the end
@@ -101,6 +101,7 @@ class WandbRun:
                     task(session)
             if session:
                 self._wandb.teardown()
+                remove_service_folder()
         except Exception as error:  # whatever W&B raises does not matter to training; metrics.jsonl has everything
             if self._abandoned:
                 return
@@ -147,6 +148,7 @@ class WandbRun:
         closing = threading.Thread(target=self._close_connection, daemon=True)
         closing.start()
         closing.join(CLOSE_TIMEOUT_S)
+        remove_service_folder()
 
     def _close_connection(self) -> None:
         with contextlib.suppress(Exception):

@@ -19,7 +19,7 @@ from digitdist.runs.attempts import read_attempts
 from digitdist.runs.folder import RESULT
 from digitdist.runs.wandb_record import read_options, stored_rows
 from digitdist.runs.wandb_server import why_offline
-from digitdist.runs.wandb_session import Session, prepare_environment
+from digitdist.runs.wandb_session import Session, prepare_environment, remove_service_folder
 
 ACKNOWLEDGE_TIMEOUT_S = 20.0  # until the server shows what it was sent
 API_TIMEOUT_S = 10  # for one of its answers
@@ -59,6 +59,7 @@ def sync_wandb(folder: Path, report: Callable[[str], None]) -> None:
         finally:
             with contextlib.suppress(Exception):  # as where its own process has ended
                 wandb.teardown()
+            remove_service_folder()
 
 
 @contextlib.contextmanager

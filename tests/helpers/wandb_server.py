@@ -25,6 +25,7 @@ VIEWER = {"id": "viewer", "entity": "someone", "username": "someone", "flags": "
 INFO = {"cliVersionInfo": {"max_cli_version": "99.0.0"}, "latestLocalVersionInfo": None, "features": []}
 SEQUENCE = {"id": "sequence", "name": "weights", "latestArtifact": None}
 ARTIFACT = {"id": "artifact", "state": "COMMITTED", "artifactSequence": SEQUENCE}
+TYPE = {"fields": [], "inputFields": [{"name": name} for name in ("clientID", "sequenceClientID", "distributedID", "tags")]}
 
 
 @dataclass
@@ -169,7 +170,7 @@ class Server:
             return {}
 
     def _graphql(self, query: str, given: dict[str, Any]) -> dict[str, Any]:
-        data: dict[str, Any] = {"viewer": VIEWER, "serverInfo": INFO, "model": None, "project": None}
+        data: dict[str, Any] = {"viewer": VIEWER, "serverInfo": INFO, "model": None, "project": None, "TypeInfo": TYPE}
         name = given.get("name") or given.get("run") or given.get("runName") or given.get("runId") or ""
         if "upsertBucket" in query:
             new = name not in self.runs
