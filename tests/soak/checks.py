@@ -36,6 +36,7 @@ class Attempt:
     intact_before: Sequence[int]  # steps of checkpoints
     intact_after: Sequence[int]
     left: Sequence[str]  # processes
+    temporary: Sequence[str] = ()  # what it has left in the folder for temporary files
 
     @property
     def damages(self) -> list[Damage]:
@@ -61,6 +62,8 @@ def problems(attempt: Attempt) -> Iterator[str]:
         yield "it hangs"
     if attempt.left:
         yield f"processes are left: {attempt.left}"
+    if attempt.code in (0, 75) and not attempt.faults and attempt.temporary:
+        yield f"left in TMPDIR: {attempt.temporary}"
     full_at_start = attempt.disk_was_full and FULL in attempt.output
     refusals = [line for line in attempt.output.splitlines() if line.startswith("error:")]
     if refusals and not full_at_start:
@@ -190,7 +193,8 @@ def final_problems(folder: Path, unbroken: Path, record: Record, placed: set[str
     if LAST_STEP not in damage.intact_steps(folder):
         yield "the last checkpoint is not intact"
     hidden = {str(path.relative_to(folder)) for path in folder.rglob(".*") if "wandb" not in path.parts} - {".lock"}
-    if extra := {name for name in hidden if name not in placed and not name.endswith(".DS_Store")}:
+    moved = re.compile(r"\.lock\.unexpected|(.*/)?\.DS_Store$")  # what was found in place of the lock, and a desktop's file
+    if extra := {name for name in hidden - placed if not moved.match(name)}:
         yield f"temporary files are left: {sorted(extra)}"
     try:
         FileLock(folder / ".lock").acquire(timeout=0).lock.release()

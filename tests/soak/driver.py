@@ -102,8 +102,7 @@ class _Run:
         self.num_openings = 0  # of this attempt, that the record knows
         self.place, self.folder = soak.place, soak.place / "runs/a"
         soak.history = [f"{name}, W&B {self.wandb}"]
-        for old in (self.folder, self.place / "tmp"):
-            shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     @property
     def disk(self) -> Path | None:
@@ -162,6 +161,7 @@ class _Run:
         launch, self.num_openings = draw_launch(self.drawn, self.world_size), 0
         self._say(str(launch))
         intact = damage.intact_steps(self.folder)
+        shutil.rmtree(self.place / "tmp", ignore_errors=True)
         process = start(launch.command((*self.training.options, f"tracking.wandb={self.wandb}")), self.place, mark, self.output)
         target = Target(launch, process, mark, self.folder, self.disk, self.soak.without)
         try:
@@ -176,7 +176,8 @@ class _Run:
             process.wait()
         self._take_in_openings()
         text = self.output.read_text(errors="replace")
-        attempt = Attempt(launch, done, code, text, seconds, intact, damage.intact_steps(self.folder), left)
+        temporary = [path.name for path in (self.place / "tmp").iterdir() if not path.name.startswith("torchelastic_")]
+        attempt = Attempt(launch, done, code, text, seconds, intact, damage.intact_steps(self.folder), left, temporary)
         self._say(f"exit code {code}")
         unnamed = [f"that {name} was damaged is not said" for name in sorted(self.to_be_named) if name not in text]
         self.to_be_named = set()
