@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -90,15 +91,14 @@ def start(command: list[str], place: Path, mark: str, output: Path) -> subproces
     temporary.mkdir(exist_ok=True)
     env = CLEAN | {"PYTHONPATH": path, "TMPDIR": str(temporary), MARK: mark}
     with output.open("wb") as opened:
-        return subprocess.Popen(
-            command,
-            cwd=place,
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=opened,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        streams: dict = {"stdin": subprocess.DEVNULL, "stdout": opened, "stderr": subprocess.STDOUT}
+        return subprocess.Popen(command, cwd=place, env=env, start_new_session=True, preexec_fn=_hear_signals, **streams)
+
+
+def _hear_signals() -> None:
+    """What starts the soak in the background ignores these, and so would all that it starts."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def _ordinary_rights() -> list[str]:
