@@ -20,7 +20,7 @@ from pathlib import Path
 from soak import damage, faults
 from soak.checks import Attempt, Record, destroyed, final_problems, openings, problems
 from soak.faults import Fault, Target
-from soak.launches import TRAININGS, Launch, draw_launch, start
+from soak.launches import LAST_STEP, TRAININGS, Launch, draw_launch, start
 from soak.processes import end_all, left_after
 
 BOUND_S = 150.0  # for an attempt to end after its last fault, on a busy machine
@@ -179,6 +179,8 @@ class _Run:
         temporary = [path.name for path in (self.place / "tmp").iterdir() if not path.name.startswith("torchelastic_")]
         attempt = Attempt(launch, done, code, text, seconds, intact, damage.intact_steps(self.folder), left, temporary)
         self._say(f"exit code {code}")
+        if max(attempt.openings, default=LAST_STEP) < LAST_STEP:  # it trains again, after which these are new in any case
+            self.to_be_named -= {"result.json", "predictions.npz"}
         unnamed = [f"that {name} was damaged is not said" for name in sorted(self.to_be_named) if name not in text]
         self.to_be_named = set()
         self._fail([*problems(attempt), *(unnamed if code == 0 else [])], text)

@@ -14,11 +14,14 @@ import pytest
 
 from digitdist.checkpoint import Checkpoint, write
 from soak import damage, faults
-from soak.checks import Record, final_problems
+from soak.checks import Attempt, Record, final_problems
+from soak.checks import problems as attempt_problems
 from soak.damage import Damage
 from soak.disk import small_disk
 from soak.driver import Soak
-from soak.launches import LAST_STEP
+from soak.faults import Fault
+from soak.launches import LAST_STEP, Launch
+from soak.processes import Position
 
 
 @pytest.fixture
@@ -147,6 +150,39 @@ def test_only_lines_that_damage_has_hit_and_no_attempt_repeats_may_be_missing(pa
     assert problems(pair, record) == [f"2 metric lines are missing: {damage.lines(pair[1])[2:]}"]
     (folder / "metrics.jsonl").write_text("".join([lines[0], *lines[2:]]))
     assert problems(pair, record) == []
+
+
+TRACEBACK = 'Traceback (most recent call last):\n  File "/x/digitdist/train/trainer.py", line 3, in save\nKeyError: 3\n'
+STOPPED = Fault(
+    0, "stop", random.Random(), "training", 0.5, "SIGTERM", Position(22, "forward"), None, "rank", "TERM", ends=True
+)
+KILLED = Fault(0, "kill a rank", random.Random(), "training", 0.5, "SIGKILL", AT, None, "rank", ends=True)
+PAUSED = Fault(0, "pause", random.Random(), "training", 0.5, "paused", AT)
+
+
+@pytest.mark.parametrize(
+    ("attempt", "found"),
+    [
+        (Attempt(Launch("python", 1), [], 0, "run        runs/a resumes at step 20", 1, [15, 20], [35, 40], []), None),
+        (Attempt(Launch("python", 1), [PAUSED], None, "", 99, [], [], []), "it hangs"),
+        (Attempt(Launch("python", 1), [PAUSED], 0, "", 1, [], [], ["77 python"]), "processes are left"),
+        (Attempt(Launch("python", 1), [PAUSED], 1, "", 1, [], [], []), "exit code 1 where nothing has ended it"),
+        (Attempt(Launch("python", 1), [], 2, "error: runs/a: another training", 1, [], [], []), "a mistake of the user's"),
+        (Attempt(Launch("python", 1), [], 0, "run        runs/a starts", 1, [15, 20], [35, 40], []), "it began at step 0"),
+        (Attempt(Launch("python", 1), [], 0, "", 1, [15, 20], [15], []), "the intact checkpoint of step 20 has gone"),
+        (Attempt(Launch("python", 1), [STOPPED], 75, "", 1, [15, 20], [20, 22], []), None),
+        (Attempt(Launch("python", 1), [STOPPED], 75, "", 1, [15, 20], [15, 20], []), "it was asked to stop at step 22"),
+        (Attempt(Launch("python", 1), [STOPPED], -15, "", 1, [15, 20], [20, 22], []), "exit code -15 after a request"),
+        (Attempt(Launch("torchrun", 2), [KILLED], 1, "fault: rank 1 was killed", 1, [20], [20], []), None),
+        (Attempt(Launch("torchrun", 2), [KILLED], 1, "", 1, [20], [20], []), "no line names the rank"),
+        (Attempt(Launch("torchrun that restarts", 2), [KILLED], 0, "", 1, [20], [40], []), None),
+        (Attempt(Launch("python", 1), [PAUSED], 0, TRACEBACK, 1, [], [40], []), "a traceback: KeyError: 3"),
+        (Attempt(Launch("python", 1), [], 0, "", 1, [], [40], [], ["tmp4wandb"]), "left in TMPDIR"),
+    ],
+)
+def test_an_attempt_that_does_not_end_as_its_faults_explain_is_seen(attempt: Attempt, found: str | None):
+    seen = list(attempt_problems(attempt))
+    assert any(problem.startswith(found) for problem in seen) if found else not seen
 
 
 @pytest.mark.parametrize("kind", [*damage.KINDS, damage.SWAPPED, damage.EXTRA])
