@@ -153,9 +153,8 @@ def test_only_lines_that_damage_has_hit_and_no_attempt_repeats_may_be_missing(pa
 
 
 TRACEBACK = 'Traceback (most recent call last):\n  File "/x/digitdist/train/trainer.py", line 3, in save\nKeyError: 3\n'
-STOPPED = Fault(
-    0, "stop", random.Random(), "training", 0.5, "SIGTERM", Position(22, "forward"), None, "rank", "TERM", ends=True
-)
+AT = Position(22, "forward")
+STOPPED = Fault(0, "stop", random.Random(), "training", 0.5, "SIGTERM", AT, None, "rank", "TERM", ends=True)
 KILLED = Fault(0, "kill a rank", random.Random(), "training", 0.5, "SIGKILL", AT, None, "rank", ends=True)
 PAUSED = Fault(0, "pause", random.Random(), "training", 0.5, "paused", AT)
 
