@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from helpers.launching import BIN, CLEAN, QUIET, ROOT, Outcome, accelerate, python, run, start_process, torchrun
+from helpers.launching import BIN, CLEAN, QUIET, ROOT, accelerate, python, run, start_process, torchrun
 from helpers.runs import ask_to_stop, assert_same_run, events, result, wait_for_step
 
 from digitdist.checkpoint import folders
@@ -312,55 +311,3 @@ def test_a_second_training_in_the_same_run_is_refused(place: Path):
         first.communicate()
     assert second.code == 2
     assert "another training works in this run" in second.errors[0]
-
-
-# Everything at once
-
-
-def soak(place: Path, unbroken: Path, faults: int, seed: int) -> None:
-    """Random faults at random places of a run, resumed on random worlds."""
-    drawn = random.Random(seed)
-    survived = 0
-    while survived < faults:
-        world_size, kind = drawn.choice([1, 2, 3, 4]), drawn.choice(["kill", "raise", "kill", "freeze"])
-        phase = drawn.choice(["data", "forward", "backward", "sync", "update", "save"])
-        reached = max((folder_step(f) for f in folders(place / "runs/a/checkpoints")), default=0)
-        if reached >= 40:  # start over with what is left of the faults
-            finish(place, unbroken, drawn.choice([1, 2, 3, 4]))
-            shutil.rmtree(place / "runs")
-            reached = 0
-        step = reached + 20 if phase == "save" else reached + drawn.randint(1, 20)
-        rank = 0 if phase == "save" else drawn.randrange(world_size)
-        kind = "kill" if world_size == 1 and kind == "freeze" else kind
-        env = fault(f"{kind} rank={rank} step={step} phase={phase} nth={drawn.randint(1, 4) if phase == 'save' else 1}")
-        done = launch(world_size, place, env)
-        assert done.code != 0, f"{env} did not happen\n{done.out}"
-        survived += 1
-    finish(place, unbroken, drawn.choice([1, 2, 3, 4]))
-
-
-def folder_step(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
-
-
-def launch(world_size: int, place: Path, env: dict[str, str]) -> Outcome:
-    arguments = (*EXACT, "sync.timeout_s=5")
-    return torchrun(world_size, *arguments, cwd=place, env=env) if world_size > 1 else python(*arguments, cwd=place, env=env)
-
-
-def finish(place: Path, unbroken: Path, world_size: int) -> None:
-    done = launch(world_size, place, {})
-    assert done.code == 0, done.err
-    assert_same_run(place / "runs/a", unbroken)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_random_faults_leave_no_trace(place: Path, unbroken: Path):
-    soak(place, unbroken, faults=4, seed=1)
-
-
-@pytest.mark.soak
-@pytest.mark.timeout(1200)
-def test_twenty_random_faults_leave_no_trace(place: Path, unbroken: Path):
-    soak(place, unbroken, faults=20, seed=2)
