@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from helpers.launching import BIN, CLEAN, QUIET, ROOT, accelerate, python, run, start_process, torchrun
-from helpers.runs import ask_to_stop, assert_same_run, events, result, wait_for_step
+from helpers.runs import ask_to_stop, assert_same_run, attempts, events, result, wait_for_phase, wait_for_step
 
 from digitdist.checkpoint import folders
 
@@ -198,6 +198,33 @@ def test_restarts_without_progress_stop_with_the_cause(place: Path):
     assert done.code == 1
     assert "restarted twice without a step of progress" in done.err
     assert "a fault that a test has asked for" in done.err.rpartition("without a step of progress")[2]
+
+
+@pytest.mark.slow
+def test_a_launcher_that_is_to_start_over_does_so_once(place: Path, unbroken: Path):
+    shutil.copytree(unbroken, place / "runs/a")
+    never = (*EXACT, "checkpoint.resume=never")
+    env = fault("kill rank=1 step=50 phase=backward")
+    done = torchrun(2, *RESTARTS, "--rdzv_endpoint", "127.0.0.1:0", *never, cwd=place, env=env)
+    assert done.code == 0, done.err
+    assert [attempt["step"] for attempt in attempts(place / "runs/a")] == [0, 40]
+    assert "to resume it, run the same command again with run.name=a and checkpoint.resume=auto" in done.err
+    assert_same_run(place / "runs/a", unbroken)
+
+
+@pytest.mark.slow
+def test_a_file_stop_also_ends_a_launcher_that_would_restart(place: Path):
+    command = [str(BIN / "torchrun"), "--nproc_per_node=2", *RESTARTS, "--rdzv_endpoint", "127.0.0.1:0", *EXACT]
+    process = start_process(command, place, CLEAN | fault("slow rank=0 step=12 phase=update"))
+    wait_for_phase(place / "runs/a", 0, 12, "update", process)
+    (place / "runs/a/STOP").touch()
+    began = time.monotonic()
+    out, _ = process.communicate(timeout=60)
+    assert time.monotonic() - began < 20
+    assert process.returncode not in (0, None)
+    assert out.count("stopped on request after step") == 1, out
+    assert out.count("device  ") == 1, "no worker has started again"
+    assert len(attempts(place / "runs/a")) == 1
 
 
 # What is damaged
