@@ -167,8 +167,9 @@ def describe_problem(error: Exception) -> str:
     """What is wrong, and in which line and column."""
     if not isinstance(error, yaml.MarkedYAMLError) or not error.problem:
         return in_one_line(error)
-    mark = error.problem_mark
-    return in_one_line(error.problem) + (f", in line {mark.line + 1}, column {mark.column + 1}" if mark else "")
+    mark, problem = error.problem_mark, error.problem
+    problem = f"{error.context} {problem}" if problem.startswith("but ") else problem
+    return in_one_line(problem) + (f", in line {mark.line + 1}, column {mark.column + 1}" if mark else "")
 
 
 def dump_yaml(tree: Any) -> str:
