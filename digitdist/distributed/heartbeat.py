@@ -58,8 +58,10 @@ class Heartbeat:
     def __init__(self, file: Path, world: World, device: torch.device | None = None):
         size = world.size * RECORD.size
         with file.open("a+b") as opened:
-            if os.fstat(opened.fileno()).st_size < size:
-                opened.truncate(size)
+            missing = size - os.fstat(opened.fileno()).st_size
+            if missing > 0:
+                opened.write(bytes(missing))  # a hole would cost the process its life where the disk is full when it is filled
+                opened.flush()
             self._map = mmap.mmap(opened.fileno(), size)
         self.world_size = world.size
         self.turns = 0  # how often this rank's main thread has been round in a wait that may be long
