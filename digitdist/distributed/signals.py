@@ -79,12 +79,12 @@ class StopRequest:
                 self.requested, first, first_s = True, number, now
                 again = "; ^C again ends the run at once" if number == signal.SIGINT else ""
                 self.report(f"{signal.Signals(number).name}: asked to stop after this step{again}")
-            elif not ended and (
-                _is_torchruns_second(first, number) or (number == signal.SIGINT and now - first_s > SAME_INTERRUPT_S)
-            ):
+            elif ended:
+                continue
+            elif _is_torchruns_second(first, number) or (number == signal.SIGINT and now - first_s > SAME_INTERRUPT_S):
                 ended = True
                 self._interrupt()
-            elif not ended and number == signal.SIGINT and not under_torchelastic():  # one ^C twice, or two at once
+            elif number == signal.SIGINT and not under_torchelastic():  # one ^C twice, or two at once
                 ended = True
                 threading.Thread(target=self._interrupt, args=[SAVING_S], daemon=True).start()
         reader.close()
