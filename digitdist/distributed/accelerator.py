@@ -38,6 +38,8 @@ def start_accelerator(config: Config, plan: Plan) -> Accelerator:
         # Cards such as RTX 4090 with an old driver; `accelerate launch` sets it itself, and under torchrun Accelerate raises.
         os.environ |= {"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "1"}
     os.environ["ACCELERATE_DYNAMO_BACKEND"] = "NO"
+    if plan.world.size == 1 and not os.environ.get("MASTER_ADDR"):
+        os.environ.pop("LOCAL_RANK", None)  # by which alone Accelerate would look for other ranks
     os.environ.setdefault("OMP_NUM_THREADS", str(plan.threads))  # Accelerate warns where it is not set
     # Accelerate passes DistributedDataParallel an argument that has a new name.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")

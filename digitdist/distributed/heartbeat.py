@@ -60,7 +60,7 @@ class Heartbeat:
         with file.open("a+b") as opened:
             missing = size - os.fstat(opened.fileno()).st_size
             if missing > 0:
-                opened.write(bytes(missing))
+                opened.write(bytes(missing))  # a hole would cost the process its life where the disk is full when it is filled
                 opened.flush()
             self._map = mmap.mmap(opened.fileno(), size)
         self.world_size = world.size

@@ -11,13 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-from digitdist.distributed.launcher import launcher_has_ended
-from digitdist.distributed.process import end_process
+from digitdist.distributed.process import end_process, is_command
 from digitdist.world import is_main, print_main, under_torchelastic
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP]
 LOOK_EVERY_S = 0.5
 SAME_INTERRUPT_S = 0.5  # a launcher passes a terminal's ^C on to processes that have had it from the terminal already
+SAVING_S = 3.0  # in which a run that was stopped by one ^C may end by itself
 INTERRUPT_S = 1.0  # in which the main thread takes a second ^C, unless it waits in C++
 
 
@@ -79,19 +79,30 @@ class StopRequest:
                 self.requested, first, first_s = True, number, now
                 again = "; ^C again ends the run at once" if number == signal.SIGINT else ""
                 self.report(f"{signal.Signals(number).name}: asked to stop after this step{again}")
-            elif not ended and ((number == signal.SIGINT and now - first_s > SAME_INTERRUPT_S) or _is_end_of_torchrun(first)):
+            elif ended:
+                continue
+            elif _is_torchruns_second(first, number) or (number == signal.SIGINT and now - first_s > SAME_INTERRUPT_S):
                 ended = True
                 self._interrupt()
+            elif number == signal.SIGINT and not under_torchelastic():  # one ^C twice, or two at once
+                ended = True
+                threading.Thread(target=self._interrupt, args=[SAVING_S], daemon=True).start()
         reader.close()
 
-    def _interrupt(self) -> None:
+    def _interrupt(self, after_s: float = 0.0) -> None:
+        time.sleep(after_s)
+        if self._writer is None:
+            return  # the training has ended, and its process goes on
         self._interrupted = True
         _thread.interrupt_main()
         time.sleep(INTERRUPT_S)
-        if self._interrupted:
-            end_process(128 + signal.SIGINT)
+        if not self._interrupted:
+            if not is_command():
+                return
+            time.sleep(SAVING_S)  # in which it ends, unless a library has swallowed the `KeyboardInterrupt`
+        end_process(128 + signal.SIGINT)
 
 
-def _is_end_of_torchrun(first: int) -> bool:
-    """Whether torchrun has ended after a first ^C, which it passes on: after a second one, which it does not."""
-    return first == signal.SIGINT and under_torchelastic() and launcher_has_ended()
+def _is_torchruns_second(first: int, number: int) -> bool:
+    """Whether this is a second ^C to torchrun, which passes the first one on, and on the second sends SIGTERM, or ends."""
+    return first == signal.SIGINT and number == signal.SIGTERM and under_torchelastic()

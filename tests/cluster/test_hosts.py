@@ -84,15 +84,14 @@ def test_two_hosts_give_the_weights_of_one_process_and_the_main_ranks_host_holds
 
 
 @pytest.mark.parametrize("first", ["10.77.0.1", "h0", "first"])
-def test_hosts_meet_where_each_knows_itself_as_debians_127_0_1_1(folders: list[Path], one_process: Path, first: str):
+def test_hosts_meet_where_each_knows_itself_as_debians_127_0_1_1(folders: list[Path], first: str):
     began = time.monotonic()
     with network(folders[:2], own_name="127.0.1.1") as hosts:
-        outcomes = ends([host.start(HOSTS_SH, "2", first, *SHORT) for host in hosts])
+        outcomes = ends([host.start(HOSTS_SH, "2", first, *SHORT, "train.max_steps=2") for host in hosts])
     assert [outcome.code for outcome in outcomes] == [0, 0], outcomes
     assert time.monotonic() - began < 90, "torchrun gives up after 3 to 4 minutes"
     (run,) = (folder / "runs" / "x" for folder in folders if (folder / "runs" / "x").exists())
     assert result(run)["world_size"] == 2
-    assert hash_of(run) == hash_of(one_process / "x")
 
 
 def test_three_hosts_with_a_shared_folder_give_the_weights_of_one_process(folders: list[Path], one_process: Path):
