@@ -124,9 +124,7 @@ class TrainConfig:
     profile: int = key(
         0, "steps to profile after a short warm-up, into trace.json of the run's folder; 0: none", ge=0, alters_result=False
     )
-    eval_every: int = key(
-        1, "epochs between two evaluations; 0: only at the end", ge=0, alters_result=("local",)
-    )  # in local mode ranks also synchronise before an evaluation
+    eval_every: int = key(1, "epochs between two evaluations; 0: only at the end", ge=0, alters_result=False)
 
 
 @dataclass
@@ -147,7 +145,10 @@ class SyncConfig:
         False, "ddp, on GPUs: BatchNorm takes the statistics of all ranks' images together", alters_result=("ddp",)
     )
     check_every: int = key(
-        200, "steps between two comparisons of the weights of all ranks; 0: never", ge=0, alters_result=False
+        200,
+        "steps between two comparisons of the weights of all ranks; 0: only before checkpoints",
+        ge=0,
+        alters_result=False,
     )
     join_timeout_s: float = key(600.0, "seconds to wait at the start for every rank", gt=0, alters_result=False)
     timeout_s: float = key(300.0, "seconds after which a rank that does not answer ends the run", gt=0, alters_result=False)
@@ -157,9 +158,7 @@ class SyncConfig:
 class CheckpointConfig:
     """What is saved and resumed."""
 
-    every_steps: int = key(
-        600, "steps between two checkpoints; 0: only at the end", ge=0, alters_result=("local",)
-    )  # in local mode ranks also synchronise before a checkpoint
+    every_steps: int = key(600, "steps between two checkpoints; 0: only at the end", ge=0, alters_result=False)
     keep: int = key(3, "number of latest checkpoints kept", ge=1, alters_result=False)
     resume: str = key(
         "auto", "auto: resume the run of that name; never: start over; or a checkpoint's folder", alters_result=False

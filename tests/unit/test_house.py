@@ -12,8 +12,8 @@ import pytest
 import digitdist
 
 ROOMS = [  # a room may import only from those above it
-    *("errors", "world", "config", "checkpoint", "model_state", "distributed", "data", "models", "optim", "model_checks"),
-    *("runs", "sync", "evaluate", "predict", "export", "train", "report", "bench", "__main__"),
+    *("errors", "world", "config", "checkpoint", "model_state", "distributed", "data", "models", "optim"),
+    *("model_parts", "model_checks", "runs", "sync", "evaluate", "predict", "export", "train", "report", "bench", "__main__"),
 ]
 PACKAGE = Path(digitdist.__file__).parent
 SOURCES = {
