@@ -6,19 +6,17 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from digitdist.checkpoint import weights_sha256
 from digitdist.data import AnySet, DataSetInfo, normalise, seed_generators
 from digitdist.distributed import generators_kept
 from digitdist.errors import UserError, in_one_line
-from digitdist.model_state import SavedBuffers, load_model_state, model_state, transient_buffers
+from digitdist.model_parts import check_parts
+from digitdist.model_state import SavedBuffers, model_state
 from digitdist.models import output_problem
-from digitdist.optim import TRAINABLE
 
 CPU = torch.device("cpu")  # where trials are
 FEW_IMAGES = 4  # of a trial, where the network takes so few
@@ -50,6 +48,24 @@ class Traits:
         return torch.contiguous_format if self.layout_problem else torch.channels_last
 
 
+@dataclass(frozen=True)
+class Parts:
+    """How many images a network gets at once: the `smallest` part of a global batch and the `largest`, which is all of it, and
+    the smallest part of an evaluation, `evaluated`. `where` says in words which part is the smallest, and ``advice(n)`` what to
+    change so that each has n images."""
+
+    smallest: int
+    largest: int
+    evaluated: int
+    where: str = ""
+    advice: Callable[[int], str] = str
+
+    def sizes(self) -> list[int]:
+        """The sizes to try, by rising number: few images, the smallest part, and twice as many again and again."""
+        larger = [self.smallest << power for power in range(self.largest.bit_length())]
+        return sorted({min(FEW_IMAGES, self.smallest), self.largest, *(size for size in larger if size < self.largest)})
+
+
 def first_images(images: AnySet, info: DataSetInfo, count: int) -> tuple[Tensor, Tensor, int]:
     """The first `count` of `images`, or all where there are fewer, for a trial: pixels, labels, and the number of classes."""
     batch = images.read(torch.arange(min(count, len(images))))
@@ -57,13 +73,17 @@ def first_images(images: AnySet, info: DataSetInfo, count: int) -> tuple[Tensor,
 
 
 def inspect_model(
-    build: Build, images: Images, smallest: int, largest: int, bf16: bool, mode: str, repeatable: bool = True
+    build: Build,
+    images: Images,
+    parts: Parts,
+    bf16: bool,
+    mode: str,
+    repeatable: bool = True,
 ) -> Traits:
     """Tries the network that `build` makes on images with their labels; the generators are left as they were.
 
     ``images(n)`` gives pixels, float32 [n, c, h, w], and labels, int64 [n], of n training images, and the number of classes;
-    the smallest micro-batch of the run has `smallest` images, a global batch `largest`; `mode` is `sync.mode`; with
-    `repeatable` two builds must be equal.
+    `mode` is `sync.mode`; with `repeatable` two builds must be equal.
 
     Raises:
         UserError: naming what cannot be trained, stored or repeated, and the way out.
@@ -75,7 +95,7 @@ def inspect_model(
         if repeatable:
             _check_repeatable(model_state(model), model_state(build()))
         found = None
-        for count in sorted({min(FEW_IMAGES, smallest), smallest, largest}):
+        for count in parts.sizes():
             try:
                 found = _trial(build(), *images(count), bf16, mode)
                 break
@@ -85,13 +105,29 @@ def inspect_model(
                 problem = in_one_line(error)
         if found is None:
             raise UserError(f"the model cannot be trained: {problem}")
-        if count > smallest:
+        if count > parts.smallest:
             raise UserError(
-                f"the model cannot be trained on {smallest} image{'s' if smallest > 1 else ''} at once ({problem}), which the"
-                " smallest micro-batches here have; set a larger data.batch_size, a smaller sync.shards or train.accumulate, or"
-                " start fewer processes"
+                f"the model cannot be trained on {_images(parts.smallest)} at once ({problem}), but on {count}; {parts.where};"
+                f" {parts.advice(count)}"
             )
+        _check_evaluated(build(), *images(parts.evaluated), bf16)
         return Traits(layout_problem(build, *images(count), bf16, found.logits), found.one_graph)
+
+
+def _images(count: int) -> str:
+    return f"{count} image{'s' if count > 1 else ''}"
+
+
+def _check_evaluated(model: nn.Module, pixels: Tensor, labels: Tensor, num_classes: int, bf16: bool) -> None:
+    try:
+        _evaluate_once(model, pixels, num_classes, bf16)
+    except UserError:
+        raise
+    except Exception as error:  # a user's network may raise anything
+        raise UserError(
+            f"the model cannot be evaluated on {_images(len(pixels))} at once ({in_one_line(error)}), which the last part of an"
+            " evaluation has; choose another data.eval_batch_size, or let forward take any number of images"
+        ) from error
 
 
 def layout_problem(
@@ -115,71 +151,6 @@ def layout_problem(
         return "" if same else "its logits differ in that layout"
 
 
-def has_batch_norm(model: nn.Module) -> bool:
-    return any(isinstance(module, _BatchNorm) for module in model.modules())
-
-
-def check_parts(model: nn.Module, mode: str) -> None:
-    """Refuses parameters, buffers and layers that cannot be trained or stored.
-
-    Raises:
-        UserError: naming the first one.
-    """
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, nn.parameter.UninitializedParameter):
-            raise UserError(f"the parameter {name} still has no shape after a forward pass; use its module in every forward")
-        if parameter.requires_grad and parameter.dtype not in TRAINABLE:
-            raise UserError(
-                f"the parameter {name} is {parameter.dtype}; what is trained must be float32, float64, bfloat16 or float16:"
-                " keep complex numbers as real ones (torch.view_as_real) and make them complex in forward"
-            )
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise UserError("there is nothing to train: the model has no parameter with requires_grad=True")
-    for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and mode == "exact" and module.running_mean is not None and module.momentum is None:
-            raise UserError(f"sync.mode=exact needs BatchNorm with a momentum, and {name} has momentum=None; give it one")
-        if isinstance(module, nn.SyncBatchNorm) and mode != "ddp":
-            raise UserError(
-                f"{name} is a SyncBatchNorm, with which ranks meet in each forward pass; with sync.mode={mode} use BatchNorm"
-            )
-    for name, tensor in (model_state(model) | transient_buffers(model)).items():
-        problem = _storing_problem(tensor)
-        if problem:
-            raise UserError(f"{name} cannot be stored in a checkpoint: {problem}; keep it as a plain dense tensor")
-    try:
-        load_model_state(model, model_state(model))  # or a run could not be resumed
-    except Exception as error:  # a user's network may raise anything
-        raise UserError(f"the model does not take its own state_dict back, to be resumed: {in_one_line(error)}") from error
-
-
-def check_scalable(model: nn.Module, clip_norm: float) -> None:
-    """Refuses parameters whose gradients torch's `GradScaler` does not scale back, as training in fp16 needs.
-
-    It has no CUDA kernel for bfloat16, and divides no float16 before it is clipped.
-
-    Raises:
-        UserError: naming the first one.
-    """
-    refused = {torch.bfloat16, torch.float16} if clip_norm else {torch.bfloat16}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and parameter.dtype in refused:
-            raise UserError(
-                f"the parameter {name} is {parameter.dtype}, whose gradient torch does not scale back in fp16"
-                f"{f' with optim.clip_norm={clip_norm:g}' if parameter.dtype == torch.float16 else ''}; keep parameters in"
-                " float32, with which layers compute in float16 all the same, or set train.precision=fp32"
-            )
-
-
-def _storing_problem(tensor: Tensor) -> str:
-    if tensor.layout != torch.strided or tensor.device.type == "meta":
-        return f"it is {tensor.layout} on {tensor.device}"
-    try:
-        safetensors.torch.save({"": torch.empty(0, dtype=tensor.dtype)})
-    except Exception:  # safetensors raises several kinds
-        return f"safetensors holds no {tensor.dtype}"
-    return ""
-
-
 def _check_repeatable(state: dict[str, Tensor], again: dict[str, Tensor]) -> None:
     for name in state.keys() & again.keys():
         if weights_sha256({name: state[name]}) != weights_sha256({name: again[name]}):
@@ -194,10 +165,10 @@ class _Outcome:
 
 def _trial(model: nn.Module, pixels: Tensor, labels: Tensor, num_classes: int, bf16: bool, mode: str = "") -> _Outcome:
     """Two training steps without an update, and an evaluation between them; for ``exact``, the first step once more."""
-    shapes, before, saved = _shapes(model), _outside_buffers(model), SavedBuffers(model)
+    shapes, before, saved, attributes = _shapes(model), _outside_buffers(model), SavedBuffers(model), _attributes(model)
     first, one_graph = _train_once(model, pixels, labels, num_classes, bf16)
     logits = _evaluate_once(model, pixels, num_classes, bf16)
-    one_graph &= _train_once(model, pixels, labels, num_classes, bf16)[1]
+    one_graph &= _train_once(model, pixels, labels, num_classes, bf16, seed=1)[1]
     changed = sorted(name for name, shape in (_shapes(model).items() ^ shapes.items()))
     if changed:
         raise UserError(
@@ -209,9 +180,10 @@ def _trial(model: nn.Module, pixels: Tensor, labels: Tensor, num_classes: int, b
             raise UserError(f"{name} changes in forward{NOT_IN_EXACT}")
         saved.restore()
         if not torch.equal(_train_once(model, pixels, labels, num_classes, bf16)[0], first):
+            places = ", ".join(sorted(name for name, value in _attributes(model).items() if attributes.get(name) != value))
             raise UserError(
                 "a forward pass gives other logits for the same images, seed, weights and buffers: the model keeps something"
-                f" from one to the next{NOT_IN_EXACT}"
+                f" from one to the next{f', perhaps in {places}' if places else ''}{NOT_IN_EXACT}"
             )
     return _Outcome(logits, one_graph)
 
@@ -222,10 +194,22 @@ def _outside_buffers(model: nn.Module) -> dict[str, str]:
     return {name: weights_sha256({name: tensor}) for name, tensor in model_state(model).items() if name not in buffers}
 
 
-def _train_once(model: nn.Module, pixels: Tensor, labels: Tensor, num_classes: int, bf16: bool) -> tuple[Tensor, bool]:
+def _attributes(model: nn.Module) -> dict[str, str]:
+    """The numbers and tensors that modules have as plain attributes, by name, each as a text that tells two apart."""
+    return {
+        f"{name}.{key}".lstrip("."): weights_sha256({"": value}) if isinstance(value, Tensor) else repr(value)
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, Tensor | int | float) and not isinstance(value, bool)
+    }
+
+
+def _train_once(
+    model: nn.Module, pixels: Tensor, labels: Tensor, num_classes: int, bf16: bool, seed: int = 0
+) -> tuple[Tensor, bool]:
     """One forward and backward pass: its logits, and whether all gradients came through the graph of the loss."""
     model.train().zero_grad()
-    seed_generators(0, CPU)
+    seed_generators(seed, CPU)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         logits = model(pixels)
         _check_output(logits, len(pixels), num_classes, "in training")

@@ -138,9 +138,7 @@ class TrainConfig:
         le=10_000,
         alters_result=False,
     )
-    eval_every: int = key(
-        1, "epochs between two evaluations; 0: only at the end", ge=0, le=MANY, alters_result=("local",)
-    )  # in local mode ranks also synchronise before an evaluation
+    eval_every: int = key(1, "epochs between two evaluations; 0: only at the end", ge=0, le=MANY, alters_result=False)
 
 
 @dataclass
@@ -161,7 +159,11 @@ class SyncConfig:
         False, "ddp, on GPUs: BatchNorm takes the statistics of all ranks' images together", alters_result=("ddp",)
     )
     check_every: int = key(
-        200, "steps between two comparisons of the weights of all ranks; 0: never", ge=0, le=MANY, alters_result=False
+        200,
+        "steps between two comparisons of the weights of all ranks; 0: only before checkpoints",
+        ge=0,
+        le=MANY,
+        alters_result=False,
     )
     join_timeout_s: float = key(600.0, "seconds to wait at the start for every rank", gt=0, le=1e6, alters_result=False)
     timeout_s: float = key(
@@ -173,9 +175,7 @@ class SyncConfig:
 class CheckpointConfig:
     """What is saved and resumed."""
 
-    every_steps: int = key(
-        600, "steps between two checkpoints; 0: only at the end", ge=0, le=MANY, alters_result=("local",)
-    )  # in local mode ranks also synchronise before a checkpoint
+    every_steps: int = key(600, "steps between two checkpoints; 0: only at the end", ge=0, le=MANY, alters_result=False)
     keep: int = key(3, "number of latest checkpoints kept", ge=1, le=MANY, alters_result=False)
     resume: str = key(
         "auto", "auto: resume the run of that name; never: start over; or a checkpoint's folder", alters_result=False

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
+
+
+def running_statistics(model: nn.Module) -> list[Tensor]:
+    """The buffers of all BatchNorms and InstanceNorms, which training writes and does not read."""
+    return [buffer for module in model.modules() if isinstance(module, _NormBase) for buffer in module.buffers(recurse=False)]
 
 
 class BatchStatistics:

@@ -18,6 +18,8 @@ from digitdist.checkpoint import Tensors
 from digitdist.config import Config
 from digitdist.data import Batch
 from digitdist.distributed import broadcast_tensors, prepare_module
+from digitdist.model_state import SavedBuffers
+from digitdist.sync.batchnorm import running_statistics
 from digitdist.sync.hooks import POWERSGD_MEMORY, register_hook
 from digitdist.sync.loss import MicroBatch, TrainingLoss, stats_tensor
 from digitdist.sync.strategy import Phase, SynchronousStrategy, gather_state, own_state
@@ -56,6 +58,7 @@ class Ddp(SynchronousStrategy):
         if self.world_size > 1 and accelerator.device.type == "cpu":
             for parameter in (p for p in loss.parameters() if p.requires_grad):
                 parameter.register_post_accumulate_grad_hook(self._note_ready)
+        self.buffers = SavedBuffers(loss.model, without=running_statistics(loss.model))
         self.sends_afterwards = self.world_size > 1 and not loss.one_graph
         device, nothing = accelerator.device, torch.zeros(0, dtype=torch.int64, device=accelerator.device)
         self.empty = MicroBatch(0, torch.zeros(0, *loss.info.image_shape, device=device), nothing, nothing)
@@ -72,6 +75,8 @@ class Ddp(SynchronousStrategy):
         ranks: right for unequal shares.
         """
         self.loss.signal.grad, self.own_losses = None, []
+        if self.world_size > 1:  # as DistributedDataParallel would, but for running statistics, which do not enter training
+            broadcast_tensors(self.buffers.current())
         stats, reduction = None, None
         micro_batches = [*self.loss.micro_batches(batch, self.sharding, count), *[self.empty] * self.sends_afterwards]
         for left, micro_batch in zip(reversed(range(len(micro_batches))), micro_batches, strict=True):
@@ -117,10 +122,7 @@ class Ddp(SynchronousStrategy):
             module.zero_grad()
 
     def make_equal(self, networks: Sequence[nn.Module], step: int) -> None:
-        """Sends rank 0's buffers to all ranks, as DistributedDataParallel would before each forward. Collective.
-
-        BatchNorm's running statistics do not enter training, so it is enough to do it before they are used.
-        """
+        """Sends rank 0's buffers to all ranks. Collective."""
         if self.world_size > 1:
             broadcast_tensors([buffer for network in networks for buffer in network.buffers()])
 

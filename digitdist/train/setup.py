@@ -19,7 +19,8 @@ from digitdist.config import Config, as_dict, nearest_folder, read_config
 from digitdist.data import Order, Splits, known_info, load_splits
 from digitdist.distributed import Plan, make_plan
 from digitdist.errors import UserError
-from digitdist.model_checks import Traits, check_scalable, first_images, has_batch_norm, inspect_model
+from digitdist.model_checks import Parts, Traits, first_images, inspect_model
+from digitdist.model_parts import check_scalable, has_batch_norm
 from digitdist.model_state import model_state, transient_buffers
 from digitdist.models import build_model
 from digitdist.runs import has_wandb_key, wandb_mistakes
@@ -48,6 +49,11 @@ class Setup:
         return self.order.last_step(self.config.train.epochs, self.config.train.max_steps)
 
     @property
+    def starts_equal(self) -> bool:
+        """Whether ranks must build equal networks; in ddp mode they may take rank 0's, without comparisons."""
+        return self.config.sync.mode != "ddp" or bool(self.config.sync.check_every)
+
+    @property
     def notes(self) -> list[str]:
         """Lines to print about what is done otherwise than one may expect."""
         config, notes = self.config, []
@@ -64,7 +70,7 @@ class Setup:
     def fingerprint(self) -> dict[str, str]:
         """What must be the same on every rank: configuration but for a host's folders, code, device, data and network."""
         state = model_state(self.model)
-        weights = weights_sha256(state | transient_buffers(self.model))[:12] if self.config.sync.check_every else "any"
+        weights = weights_sha256(state | transient_buffers(self.model))[:12] if self.starts_equal else "any"
         return {name: str(value) for name, value in as_dict(self.config).items() if name not in LOCAL_KEYS} | {
             "digitdist": f"version {digitdist.__version__} with sources {code_sha256()[:12]}",
             "torch": f"version {torch.__version__}",
@@ -114,6 +120,39 @@ def prepare(files: Sequence[str], overrides: Sequence[str]) -> Setup:
     return dataclasses.replace(setup, traits=try_model(setup))
 
 
+def counts_of_steps(order: Order, last_step: int) -> set[int]:
+    """The numbers of images in global batches: all of an epoch have the same but for its last, if that is reached."""
+    return {order.batch_count(step) for step in (0, min(last_step, order.steps_per_epoch) - 1)}
+
+
+def parts_of(setup: Setup, num_micro_batches: int) -> Parts:
+    """How many images the network gets at once."""
+    config, order = setup.config, setup.order
+
+    def smallest(batch_size: int) -> int:
+        other = dataclasses.replace(order, batch_size=batch_size)
+        last_step = other.last_step(config.train.epochs, config.train.max_steps)
+        return min(max(1, count // num_micro_batches) for count in counts_of_steps(other, last_step))
+
+    def advice(needed: int) -> str:
+        near = sorted(range(1, order.num_images + 1), key=lambda size: abs(size - order.batch_size))
+        size = next((size for size in near if smallest(size) >= needed), None)
+        number = "sync.shards" if config.sync.mode == "exact" else "number of processes"
+        return f"set {f'data.batch_size={size}, or ' if size else ''}a smaller train.accumulate or {number}"
+
+    least = min(counts_of_steps(order, setup.last_step))
+    chunk = -(-config.data.eval_batch_size // config.sync.shards)
+    sizes = [len(images) for images in (setup.splits.validation, setup.splits.test) if len(images)]
+    return Parts(
+        smallest=smallest(order.batch_size),
+        largest=order.batch_count(0),
+        evaluated=min(min(size, size % chunk or chunk) for size in sizes),
+        where=f"of {order.num_images:,} images in batches of {order.batch_size:,}, one has {least:,} for"
+        f" {num_micro_batches} parts",
+        advice=advice,
+    )
+
+
 def try_model(setup: Setup) -> Traits:
     """Tries the network on the first training images.
 
@@ -123,22 +162,21 @@ def try_model(setup: Setup) -> Traits:
     config, order = setup.config, setup.order
     exact = config.sync.mode == "exact"
     num_micro_batches = config.train.accumulate * (config.sync.shards if exact else setup.plan.world.size)
-    counts = {order.batch_count(step) for step in (0, min(setup.last_step, order.steps_per_epoch) - 1)}
-    if config.sync.batch_norm and min(counts) < num_micro_batches:
+    least = min(counts_of_steps(order, setup.last_step))
+    if config.sync.batch_norm and least < num_micro_batches:
         raise UserError(
             f"sync.batch_norm=true needs an image for each of {num_micro_batches} micro-batches a step, and a step here has"
-            f" {min(counts)}; choose a data.batch_size that divides {order.num_images}, or set sync.batch_norm=false"
+            f" {least}; choose a data.batch_size that divides {order.num_images}, or set sync.batch_norm=false"
         )
     if setup.plan.precision == "fp16":
         check_scalable(setup.model, config.optim.clip_norm)
     traits = inspect_model(
         partial(build_model, config.model, config.seed, setup.splits.info),
         partial(first_images, setup.splits.train, setup.splits.info),
-        smallest=min(max(1, count // num_micro_batches) for count in counts),
-        largest=order.batch_count(0),
+        parts_of(setup, num_micro_batches),
         bf16=setup.plan.device_type == "cpu" and setup.plan.precision == "bf16",
         mode=config.sync.mode,
-        repeatable=bool(config.sync.check_every) and (exact or setup.plan.world.size > 1),
+        repeatable=exact or (setup.plan.world.size > 1 and setup.starts_equal),
     )
     if setup.plan.device_type == "mps" and has_batch_norm(setup.model):
         return dataclasses.replace(

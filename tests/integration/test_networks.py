@@ -13,11 +13,11 @@ MODES = ("ddp", "exact", "local")
 TRAINED = (  # and whose loss in ddp mode is that of one process to rounding, on any number of them
     *("Base", "Convolution", "Volume", "UnusedParameter", "Frozen", "NoGradient", "Double", "Integers", "Mask", "ExtraState"),
     *("ExtraTensor", "Spectral", "SpectralHook", "WeightNorm", "InstanceNorm", "Tied", "View", "Recurrent", "Lazy", "Hooked"),
-    "Custom",
+    *("Custom", "Remembers"),
 )
 RANDOM = (  # whose draws, statistics or precision differ from rank to rank in ddp mode
     *("StochasticDepth", "DoubleNorm", "Half", "OtherGenerators", "AlwaysDropout", "RunningMean", "ListOfParameters"),
-    *("Transformer", "Checkpointed", "ReentrantlyCheckpointed"),
+    *("Transformer", "Checkpointed", "ReentrantlyCheckpointed", "NormsNowAndThen", "Renorm", "OwnNorm", "LazyNorms"),
 )
 VARIED = [  # empty shares, and several micro-batches
     *[f"{name}:{mode}:data.batch_size=1" for name in ("StochasticDepth", "UnusedParameter", "RunningMean") for mode in MODES],
@@ -37,7 +37,12 @@ REFUSED = {
     "Sparse": "the gradient of shift.weight is torch.sparse_coo",
     "Growing": "seen changes its shape",
 }
-REFUSED_IN_EXACT = {"WithoutMomentum": "norm has momentum=None", "GhostNorm": "cannot be trained on 2 images at once"}
+REFUSED_IN_EXACT = {
+    "WithoutMomentum": "norm has momentum=None",
+    "GhostNorm": "cannot be trained on 2 images at once",
+    "HiddenState": "gives other logits for the same images",
+    "ChangedParameter": "mean changes in forward",
+}
 
 
 def outcomes(tmp_path: Path, mnist_root: Path, world_size: int, cases: list[str]) -> dict[str, Any]:

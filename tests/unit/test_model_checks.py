@@ -12,7 +12,8 @@ from torch import nn
 from digitdist.config import ModelConfig
 from digitdist.data import DATA_SETS
 from digitdist.errors import UserError
-from digitdist.model_checks import Traits, check_scalable, inspect_model
+from digitdist.model_checks import Parts, Traits, inspect_model
+from digitdist.model_parts import check_scalable
 from digitdist.models import MODELS, build_model
 
 MNIST = DATA_SETS["mnist"]
@@ -20,7 +21,7 @@ MNIST = DATA_SETS["mnist"]
 PIXELS, LABELS = torch.rand(12, 1, 28, 28, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 10
 
 
-def inspect(build: Callable[[], nn.Module], smallest: int = 12, mode: str = "ddp") -> Traits:
+def inspect(build: Callable[[], nn.Module], smallest: int = 12, mode: str = "ddp", evaluated: int = 1) -> Traits:
     def seeded() -> nn.Module:
         torch.manual_seed(0)
         return build()
@@ -28,7 +29,7 @@ def inspect(build: Callable[[], nn.Module], smallest: int = 12, mode: str = "ddp
     def images(count: int) -> tuple[torch.Tensor, torch.Tensor, int]:
         return PIXELS[:count], LABELS[:count], 10
 
-    return inspect_model(seeded, images, smallest, len(PIXELS), bf16=False, mode=mode)
+    return inspect_model(seeded, images, Parts(smallest, len(PIXELS), evaluated), bf16=False, mode=mode)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -108,3 +109,29 @@ def test_numpys_and_pythons_generators_follow_the_seed():
     first, again, other = (build_model(config, seed, MNIST).state_dict() for seed in (3, 3, 4))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not any(torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("network", "reason"),
+    [
+        (awkward.ChangedParameter, "mean changes in forward; sync.mode=exact can have that in buffers alone"),
+        (awkward.ChangedExtraState, "_extra_state.json changes in forward; sync.mode=exact can have that in buffers alone"),
+        (awkward.HiddenState, "in mean.*; sync.mode=exact can have that in buffers alone"),
+        (awkward.HiddenCounter, "in count.*; sync.mode=exact can have that in buffers alone"),
+    ],
+)
+def test_what_a_forward_pass_changes_outside_of_buffers_is_refused_in_exact_mode(network: type[nn.Module], reason: str):
+    with pytest.raises(UserError, match=reason):
+        inspect(network, mode="exact")
+    assert inspect(network, mode="ddp").one_graph
+
+
+@pytest.mark.parametrize("name", ["Remembers", "RunningMean", "OwnNorm", "NormsNowAndThen", "Renorm", "Spectral"])
+def test_what_it_changes_in_buffers_or_only_remembers_is_taken(name: str):
+    assert inspect(getattr(awkward, name), mode="exact").one_graph
+
+
+def test_the_smallest_part_of_an_evaluation_is_tried_too():
+    assert inspect(awkward.PairsInEvaluation, evaluated=2).one_graph
+    with pytest.raises(UserError, match=r"cannot be evaluated on 3 images at once .*choose another data\.eval_batch_size"):
+        inspect(awkward.PairsInEvaluation, evaluated=3)

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 from accelerate import Accelerator
+from helpers.resume_worker import CHANGED, NOT_TRIED
 from helpers.runs import events, result
 from helpers.short_runs import train
 
+from digitdist.config import KEYS
 from digitdist.distributed import process_restored, start_accelerator
 from digitdist.errors import UserError
 from digitdist.train import prepare
@@ -110,5 +112,23 @@ def test_a_schedule_of_which_only_its_rise_is_past_goes_on(alone: Accelerator, t
     whole, _ = train(alone, str(mnist_root), (*own, "run.name=whole", "train.epochs=3"))
     train(alone, str(mnist_root), (*own, "run.name=parts", "train.max_steps=5"))
     parts, lines = train(alone, str(mnist_root), (*own, "run.name=parts", "train.epochs=3"))
+    assert not lines
+    assert result(parts)["weights_sha256"] == result(whole)["weights_sha256"]
+
+
+def test_each_key_that_a_resumed_run_may_change_is_changed_in_the_tests_or_has_a_reason():
+    """integration/test_resuming.py changes them, and compares the weights."""
+    assert not CHANGED.keys() & NOT_TRIED.keys()
+    harmless = {name for name, key in KEYS.items() if not all(key.alters_result_in(mode) for mode in ("ddp", "exact", "local"))}
+    assert harmless == CHANGED.keys() | NOT_TRIED.keys()
+
+
+@pytest.mark.parametrize("mode", ["ddp", "local"])
+def test_harmless_keys_change_no_bit_of_one_process(alone: Accelerator, tmp_path: Path, mnist_root: Path, mode: str):
+    own = (f"run.dir={tmp_path}", *COMMON, f"sync.mode={mode}", "sync.every=4", "optim.ema=0.8", "checkpoint.every_steps=0")
+    whole, _ = train(alone, str(mnist_root), (*own, "run.name=whole", "train.epochs=6", "train.max_steps=21"))
+    train(alone, str(mnist_root), (*own, "run.name=parts", "train.max_steps=6"))
+    changed = (f"{key}={value}" for key, value in CHANGED.items())
+    parts, lines = train(alone, str(mnist_root), (*own, "run.name=parts", *changed))
     assert not lines
     assert result(parts)["weights_sha256"] == result(whole)["weights_sha256"]

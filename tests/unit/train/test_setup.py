@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from digitdist.errors import UserError
 from digitdist.train import prepare
 from digitdist.train.setup import try_model
 from digitdist.world import World
@@ -36,3 +37,36 @@ def test_a_network_with_batchnorm_is_contiguous_on_mps(mnist_root: Path, network
     setup = prepare([], [f"data.root={mnist_root}", f"model.name={network}"])
     on_mps = dataclasses.replace(setup, plan=dataclasses.replace(setup.plan, device_type="mps"))
     assert try_model(on_mps).layout == layout
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            ("data.batch_size=1111",),
+            r"of 60,000 images in batches of 1,111, one has 6 for 8 parts; set data\.batch_size=1110, or",
+        ),
+        (("data.batch_size=59", "sync.shards=30"), r"batches of 59, one has 56 for 30 parts; set data\.batch_size=60, or"),
+        (("data.batch_size=8", "train.max_steps=3"), r"batches of 8, one has 8 for 8 parts; set data\.batch_size=16, or"),
+        (
+            ("data.batch_size=100", "train.accumulate=7"),
+            r"one has 100 for 56 parts; set data\.batch_size=112, or a smaller train",
+        ),
+    ],
+)
+def test_a_part_too_small_for_the_network_is_refused_with_numbers_and_a_way_out(
+    mnist_root: Path, options: tuple[str, ...], said: str
+):
+    own = (f"data.root={mnist_root}", "model.name=cnn_batchnorm", "sync.mode=exact")
+    with pytest.raises(UserError, match="cannot be trained on 1 image at once .*, but on 2; .*" + said) as refused:
+        prepare([], [*own, *options])
+    (line,) = refused.value.mistakes
+    way_out = line.rpartition("set ")[2].split(",")[0]
+    prepare([], [*own, *options, way_out])
+
+
+def test_a_small_last_batch_that_is_not_reached_is_none(mnist_root: Path):
+    own = (f"data.root={mnist_root}", "model.name=cnn_batchnorm", "sync.mode=exact", "data.batch_size=1111")
+    prepare([], [*own, "train.max_steps=54"])
+    with pytest.raises(UserError, match="cannot be trained on 1 image at once"):
+        prepare([], [*own, "train.max_steps=55"])
