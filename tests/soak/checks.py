@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from soak import damage
 from soak.damage import Damage
-from soak.faults import PASSED_ON, Fault
+from soak.faults import Fault
 from soak.launches import LAST_STEP, Launch
 
 OPENING = re.compile(r"run +runs/a (?:starts|resumes at step (\d+))")
@@ -100,15 +100,12 @@ def _problems_of_stop(attempt: Attempt, stop: Fault, hit_checkpoints: bool) -> I
         if attempt.seconds_from_last_fault > 15:
             yield f"two ^C took {attempt.seconds_from_last_fault:.0f} s"
         return
-    launcher = attempt.launch.launcher
-    one_process = attempt.launch.world_size == 1 and launcher in ("python", "accelerate")
-    reaches = stop.whom == "rank" or stop.how in PASSED_ON or one_process
-    if not (reaches and stop.in_training and stop.at) or attempt.code == 0:
+    if not (stop.in_training and stop.at) or attempt.code == 0:
         return
     saved = max(attempt.intact_after, default=0)
     if saved < stop.at.step and not hit_checkpoints and not attempt.disk_was_full:
         yield f"it was asked to stop at step {stop.at.step}, and the newest checkpoint is of step {saved}"
-    if launcher == "python" and attempt.code != 75 and not attempt.disk_was_full:
+    if attempt.launch.launcher == "python" and attempt.code != 75 and not attempt.disk_was_full:
         yield f"exit code {attempt.code} after a request to stop"
 
 
@@ -192,9 +189,9 @@ def final_problems(folder: Path, unbroken: Path, record: Record, placed: set[str
         yield "predictions differ"
     if LAST_STEP not in damage.intact_steps(folder):
         yield "the last checkpoint is not intact"
-    hidden = {str(path.relative_to(folder)) for path in folder.rglob(".*") if "wandb" not in path.parts} - {".lock"}
+    ours, theirs = (_hidden(place) for place in (folder, unbroken))
     moved = re.compile(r"\.lock\.unexpected|(.*/)?\.DS_Store$")  # what was found in place of the lock, and a desktop's file
-    if extra := {name for name in hidden - placed if not moved.match(name)}:
+    if extra := {name for name in ours - theirs - placed if not moved.match(name)}:
         yield f"temporary files are left: {sorted(extra)}"
     try:
         FileLock(folder / ".lock").acquire(timeout=0).lock.release()
@@ -203,3 +200,7 @@ def final_problems(folder: Path, unbroken: Path, record: Record, placed: set[str
     for name in placed:
         if name.endswith("-keep") and not (folder / name).is_dir():
             yield f"{name}, which is not the run's, has gone"
+
+
+def _hidden(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob(".*") if "wandb" not in path.parts}

@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import time
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,7 +118,11 @@ class _Run:
             self.finished = attempt.code == 0
         if attempt.openings and self._attempt(lambda target: []).code != 0:  # the first one trained: it ends as finished again
             self._fail(["the finished run does not end with 0"])
-        self._fail(list(final_problems(self.folder, self.unbroken, self.record, self.placed)))
+        try:
+            found = list(final_problems(self.folder, self.unbroken, self.record, self.placed))
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            found = [f"what the finished run has left cannot be read: {error!r}"]
+        self._fail(found, self.output.read_text(errors="replace"))
         self.soak.print(f"survived: {'; '.join(self.soak.history)}")
 
     def _draw(self) -> Fault:

@@ -38,7 +38,6 @@ DEAL = (
     *("damage", "damage", "damage between", "damage between", "damage between"),
 )
 STOPS = ("TERM", "INT", "USR1", "HUP", "USR2", "STOP", "INT twice")
-PASSED_ON = ("TERM", "INT", "HUP")  # by a launcher to its workers; others end it, as a kill does
 PHASES = ("start", "training", "save", "end")
 AGAIN_S = 0.7  # between two ^C
 

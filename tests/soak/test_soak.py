@@ -68,6 +68,7 @@ def event(step: int) -> dict:
 def write_run(folder: Path) -> Path:
     """A finished run as the checks look at it."""
     folder.mkdir(parents=True)
+    (folder / ".lock").touch()
     (folder / "metrics.jsonl").write_text("".join(json.dumps(event(step)) + "\n" for step in (10, 20, 30, 40)))
     result = {"test_correct": 9, "test_total": 10, "test_loss": 0.5, "test_accuracy": 0.9, "steps": 40, "epochs": 5.0}
     (folder / "result.json").write_text(json.dumps(result | {"weights_sha256": "ab"}, indent=1))
