@@ -41,15 +41,16 @@ def set_aside(checkpoints: Path, after: int) -> None:
 
 
 def move_aside(folder: Path, names: Iterable[str] = (*FILES, *FOLDERS)) -> None:
-    """Gives another name to what stands where a run has a file and is none, or where it has a folder and is none."""
+    """Gives another name to what stands where a run has a file and is none, or cannot be read, or where it has a folder and is
+    none."""
     for name in names:
         path = folder / name
         if not os.path.lexists(path):
             continue
         is_right = stat.S_ISREG(path.lstat().st_mode) if name in FILES else path.is_dir()
-        if not is_right:
+        if not (is_right and os.access(path, os.R_OK)):
             moved = _rename(path, f"{name}.unexpected")
-            print_main(f"{path} is not a {'file' if name in FILES else 'folder'}, and is now {moved.name}")
+            print_main(f"{path} is not a {'file' if name in FILES else 'folder'} that can be read, and is now {moved.name}")
 
 
 def remove_temporary(folder: Path) -> None:
