@@ -11,7 +11,7 @@ from digitdist.config import load_config, load_stored_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
-MANY = "model: {args: {x: '${nope}'}}\ntrain: {accumulate: 1000000000}\ntracking: {notes: ???}\n"
+MANY = "model: {args: {x: '${nope}'}}\ntrain: {accumulate: 1000000000}\ntracking:\n  notes: ???\n"
 REFUSED = {  # options, and parts of what is told
     ("--config=twice.yaml",): ("stands twice",),
     ("--config=many.yaml", "data.batch_size=" + "9" * 999, "run.dir=~no-such-user/x", "tracking.name=a\nerror: b"): (

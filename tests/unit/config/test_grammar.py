@@ -266,14 +266,12 @@ def test_a_thousand_mistakes_are_told_in_a_few_lines(file: Path):
 COUNTED = [name for name, key in KEYS.items() if (key.ge, key.gt) != (None, None)]
 
 
-@pytest.mark.parametrize(
-    "value", ["1e400", "1" + "0" * 50, "9" * 5000, ".inf", "-.inf", ".nan", "-1e300", "-1", "-" + "9" * 200]
-)
 @pytest.mark.parametrize("name", COUNTED)
-def test_every_number_has_a_range(name: str, value: str):
-    told = mistake(f"{name}={value}")
-    assert told.startswith(f"{name}=")
-    assert KEYS[name].allowed in told
+def test_every_number_has_a_range(name: str):
+    for value in ("1e400", "1" + "0" * 50, "9" * 5000, ".inf", "-.inf", ".nan", "-1e300", "-1", "-" + "9" * 200):
+        told = mistake(f"{name}={value}")
+        assert told.startswith(f"{name}=")
+        assert KEYS[name].allowed in told
 
 
 @pytest.mark.parametrize("name", COUNTED)
