@@ -7,6 +7,7 @@ import functools
 import itertools
 import os
 import stat
+from collections import Counter
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -18,7 +19,7 @@ from digitdist.config.checks import check_combinations, expand_user
 from digitdist.config.interpolation import Unresolvable, count, escape, map_text, resolve, unescape
 from digitdist.config.keys import FOLDERS, GROUPS, KEYS, Key, nearest_key
 from digitdist.config.schema import Config
-from digitdist.config.values import fit, shown
+from digitdist.config.values import MAX_LEVELS, fit, printable, shown
 from digitdist.config.yaml_core import describe_problem, dump_yaml, parse_yaml
 from digitdist.errors import UserError
 
@@ -62,7 +63,7 @@ def read_config(files: Sequence[str], overrides: Sequence[str]) -> tuple[Config,
             mistakes += _put_all(values, pairs)
     mistakes += _put_all(values, _read_overrides(overrides, mistakes))
     config, wrong = _settle(values)
-    return config, _few([*mistakes, *wrong.values(), *check_combinations(config)])
+    return config, _few([*mistakes, *wrong.values(), *check_combinations(config), *_check_size(config)])
 
 
 def load_stored_config(file: Path, overrides: Sequence[str] = ()) -> Config:
@@ -85,7 +86,7 @@ def read_stored_config(file: Path, overrides: Sequence[str] = ()) -> tuple[Confi
     mistakes: list[str] = []
     try:
         stored = [(name, map_text(value, escape)) for name, value in stored_values(file).items() if name not in PLACES]
-        mistakes += [f"{file}: {mistake}" for mistake in _put_all(values, stored)]
+        mistakes += [f"{printable(str(file))}: {mistake}" for mistake in _put_all(values, stored)]
     except UserError as error:
         mistakes += error.mistakes
     own = _read_overrides(overrides, mistakes)
@@ -95,7 +96,7 @@ def read_stored_config(file: Path, overrides: Sequence[str] = ()) -> tuple[Confi
         config.run.dir = os.path.dirname(os.path.dirname(os.path.abspath(file)))
     found = [*wrong.values(), *check_combinations(config)]
     yours = tuple(f"{name}=" for name, _ in own)
-    return config, _few([*mistakes, *(text if text.startswith(yours) else f"{file}: {text}" for text in found)])
+    return config, _few([*mistakes, *(text if text.startswith(yours) else f"{printable(str(file))}: {text}" for text in found)])
 
 
 def stored_values(file: Path) -> Values:
@@ -124,22 +125,21 @@ def _read_yaml(path: Path, label: str) -> list[tuple[str, Any]]:
         tree, as_text = parse_yaml(_read_text(path))
     except OSError as error:
         advice = f"give the path of a YAML file, or one of {', '.join(shipped_configs())}"
-        raise UserError(f"{shown(label)}: {error.strerror}; {advice}") from None
+        raise UserError(f"{printable(label)}: {error.strerror}; {advice}") from None
     except UnicodeDecodeError:
-        raise UserError(f"{shown(label)} is not text in UTF-8; write it anew as YAML in UTF-8") from None
+        raise UserError(f"{printable(label)} is not text in UTF-8; write it anew as YAML in UTF-8") from None
     except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{shown(label)} is not valid YAML: {shown(describe_problem(error))}") from None
+        raise UserError(f"{printable(label)} is not valid YAML: {shown(describe_problem(error))}") from None
     if tree is None:
         return []
     if not isinstance(tree, dict):
-        raise UserError(f"{shown(label)} holds a {type(tree).__name__}; it must hold a YAML mapping of keys")
+        raise UserError(f"{printable(label)} holds a {type(tree).__name__}; it must hold a YAML mapping of keys")
     texts = dict(_flatten(as_text))
     pairs = [(name, texts[name] if name in KEYS and KEYS[name].holds_text else value) for name, value in _flatten(tree)]
-    names = [name for name, _ in pairs]
-    inner = {name for name in names for upper in _above(name) if upper in KEYS and upper in names}
-    twice = sorted(inner | {name for name, same in itertools.groupby(sorted(names)) if len(list(same)) > 1})
+    times = Counter(name for name, _ in pairs)
+    twice = sorted(name for name in times if times[name] > 1 or any(upper in times for upper in _above(name)))
     if twice:
-        raise UserError(f"{shown(label)} gives {shown(', '.join(twice))} twice; write each key once")
+        raise UserError(f"{printable(label)} gives {shown(', '.join(twice))} twice; write each key once")
     return pairs
 
 
@@ -168,7 +168,7 @@ def _flatten(tree: dict[Any, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 def _above(name: str) -> list[str]:
     """The dotted names above `name`: a and a.b of a.b.c."""
-    return list(itertools.accumulate(name.split(".")[:-1], "{}.{}".format))
+    return list(itertools.accumulate(name.split(".")[: MAX_LEVELS + 3], "{}.{}".format))[:-1]
 
 
 def _read_overrides(overrides: Sequence[str], mistakes: list[str]) -> list[tuple[str, Any]]:
@@ -204,8 +204,10 @@ def _put_all(values: Values, pairs: Sequence[tuple[str, Any]]) -> list[str]:
             mistakes.append(_unknown(name, value) if hint else f"there is no key {shown(name)!r}")
         elif key.is_mapping:
             parts = name.removeprefix(key.name).split(".")[1:]
-            if not all(parts):
-                mistakes.append(f"{shown(name)}={shown(value)}: an argument's name is empty; write {key.name}.NAME=value")
+            if not all(parts) or len(parts) > MAX_LEVELS:
+                reason = f"nested more than {MAX_LEVELS} deep" if all(parts) else "empty"
+                mistakes.append(f"{shown(name)}={shown(value)}: an argument's name is {reason}; write {key.name}.NAME=value")
+                continue
             values[key.name] = _merged(
                 values.get(key.name), functools.reduce(lambda inner, part: {part: inner}, parts[::-1], value)
             )
@@ -261,6 +263,19 @@ def _settle(values: Values) -> tuple[Config, dict[str, str]]:
         *groups, last = name.split(".")
         setattr(functools.reduce(getattr, groups, config), last, value)
     return config, {name: wrong[name] for name in values if name in wrong}
+
+
+def _check_size(config: Config) -> list[str]:
+    """A mistake where the configuration could not be read back from the file that a run keeps of it."""
+    if len(repr(config)) < MAX_BYTES // 20:
+        return []
+    content = dump_config(config)
+    try:
+        parse_yaml(content.decode())
+        problem = f"{len(content):,} bytes, and a run keeps at most {MAX_BYTES:,}" if len(content) > MAX_BYTES else None
+    except yaml.YAMLError as error:
+        problem = describe_problem(error)
+    return [f"the configuration as a whole is too large: {problem}; give less in it"] if problem else []
 
 
 def _few(mistakes: list[str]) -> list[str]:

@@ -8,9 +8,10 @@ import yaml
 
 from digitdist.config.interpolation import texts_in
 from digitdist.config.keys import Key
-from digitdist.config.yaml_core import describe_problem, parse_scalar
+from digitdist.config.yaml_core import MAX_DEPTH, describe_problem, parse_scalar
 
 MAX_SHOWN = 200
+MAX_LEVELS = MAX_DEPTH - 8  # of arguments, which are some levels down in a file
 MISSING = "???"
 
 
@@ -20,6 +21,8 @@ def fit(key: Key, value: Any) -> Any:
     Raises:
         ValueError: the key does not take it. The message is empty where `key.allowed` says enough.
     """
+    if _is_deeper(value, MAX_LEVELS):
+        raise ValueError(f"it is nested more than {MAX_LEVELS} deep")
     for text in texts_in(value):
         if text == MISSING:
             raise ValueError("??? stands for a value that is still to be given")
@@ -43,11 +46,21 @@ def fit(key: Key, value: Any) -> Any:
     return _number(key, value)
 
 
+def printable(text: str) -> str:
+    """`text` on one line, with escapes in place of what is not to be printed."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def shown(value: Any) -> str:
     """`value` in a message: on one line, and cut where it is long."""
     text = {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
-    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[: MAX_SHOWN + 1])
+    text = printable(text[: MAX_SHOWN + 1])
     return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "…"
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels < 0 or any(_is_deeper(item, levels - 1) for item in inner)
 
 
 def _refuse() -> Any:

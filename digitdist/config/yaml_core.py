@@ -16,7 +16,7 @@ from yaml.constructor import ConstructorError, SafeConstructor
 
 from digitdist.errors import in_one_line
 
-MAX_DEPTH, MAX_VALUES, MAX_DIGITS = 32, 100_000, 100
+MAX_DEPTH, MAX_VALUES, MAX_DIGITS = 40, 10_000, 100
 BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
 NULL = re.compile(r"~|null|Null|NULL|")
 INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")

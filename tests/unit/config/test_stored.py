@@ -98,7 +98,7 @@ def test_a_stored_run_is_where_it_lies_now_and_resumes_nothing(file: Path, monke
         ("seed: 1\nseed: 2", "the key 'seed' stands twice"),
         ("model: {target: !!python/object/apply:os.system [id]}", "python/object/apply"),
         ("- 1", "must hold a YAML mapping"),
-        ("a: [" * 100_000, "nested more than 32 deep"),
+        ("a: [" * 100_000, "nested more than 40 deep"),
         ("\0", "is not valid YAML"),
         (b"\xff\xfe", "is not text in UTF-8"),
         (b"#" * (2**20 + 1), "more than 1,048,576 bytes"),
