@@ -196,7 +196,8 @@ def test_wandbs_variables_name_the_run_where_the_configuration_does_not(tmp_path
         *(("WANDB_PROJECT", f"a{sign}b", f"WANDB_PROJECT=a{sign}b: W&B takes no {sign}") for sign in "/\\#?%:"),
         ("WANDB_PROJECT", "p" * 129, "1 to 128"),
         *(("WANDB_RUN_ID", f"a{sign}b", f"WANDB_RUN_ID=a{sign}b: W&B takes no {sign}") for sign in ":;,#?/'"),
-        ("WANDB_RUN_ID", " a", "without spaces"),
+        ("WANDB_RUN_ID", " a", "no spaces"),
+        ("WANDB_RUN_ID", " ", "no spaces"),
         ("WANDB_TAGS", f"a,{'t' * 65}", "has 65 characters"),
     ],
 )
