@@ -42,7 +42,7 @@ class Session:
     """
 
     def __init__(self, wandb: Any, folder: Path, mode: str, options: Mapping[str, Any], settings: Mapping[str, Any]):
-        self._wandb, self.mode, self._name = wandb, mode, options["name"]
+        self._wandb, self.mode, self._name = wandb, mode, str(options["name"])
         _wait_for_unused_name(folder / "wandb", options["id"])
         settings = {**SETTINGS, **settings}
         known = getattr(wandb.Settings, "model_fields", settings)

@@ -104,6 +104,9 @@ def _send(wandb: Any, folder: Path, place: Path, options: Mapping[str, Any]) -> 
     Raises:
         UserError: the server does not show that it has it.
     """
+    unsent = folder / "wandb" / UNSENT
+    if not unsent.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{unsent} leads out of the run's folder; remove that link")
     rows, result = stored_rows(folder), _read_result(folder)
     attempts = read_attempts(folder)
     stopped = not result and bool(attempts) and bool(attempts[-1].get("stopped"))
@@ -112,7 +115,6 @@ def _send(wandb: Any, folder: Path, place: Path, options: Mapping[str, Any]) -> 
     path, url = session.run.path, session.run.url
     session.replay(rows)
     session.finish(result, weights, stopped)
-    unsent = folder / "wandb" / UNSENT
     if session.num_media:
         shutil.copytree(session.files / "media", unsent / "media", dirs_exist_ok=True)
     deadline = time.monotonic() + ACKNOWLEDGE_TIMEOUT_S
@@ -135,7 +137,7 @@ def _missing(wandb: Any, path: str, last_step: int, weights_sha256: str | None, 
             return f"the server shows steps up to {run.lastHistoryStep}, not {last_step}"
         if weights_sha256 and run.summary.get("weights_sha256") != weights_sha256:
             return "the server does not show the result"
-        files = {str(file.relative_to(unsent)) for file in unsent.glob("**/*") if file.is_file()}
+        files = {str(file.relative_to(unsent)) for file in unsent.glob("media/**/*") if _is_own_file(file, unsent)}
         absent = sorted(files - {file.name for file in run.files(per_page=1000)}) if files else []
         for name in absent:
             with contextlib.suppress(Exception):  # the next look shows whether it has come
@@ -160,4 +162,9 @@ def _weights_file(folder: Path, config: Mapping[str, Any], result: Mapping[str, 
         return None, ""
     name = "ema" if config.get("optim.ema") else "model"
     file = folder / "checkpoints" / folder_name(result["steps"]) / f"{name}.safetensors"
-    return (file, "") if file.is_file() else (None, f"without the weights: {file} is gone")
+    return (file, "") if _is_own_file(file, folder) else (None, f"without the weights: {file} is gone")
+
+
+def _is_own_file(file: Path, folder: Path) -> bool:
+    """Whether it is a file in `folder`, and no link that leads elsewhere: a run may come from somebody else."""
+    return file.is_file() and file.resolve().is_relative_to(folder.resolve())

@@ -143,7 +143,7 @@ class Server:
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._http.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._http.server_port}"
-        threading.Thread(target=self._http.serve_forever, daemon=True).start()
+        threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
         self.environment = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": self.url}  # of a client with a key
 
     @property

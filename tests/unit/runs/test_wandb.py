@@ -425,7 +425,7 @@ def test_charts_of_steps_that_are_taken_again_are_dropped(tmp_path: Path):
         keep_media(tmp_path, step, {"chart": CHART})
     begin_record(tmp_path, "id", {"name": "b"})
     assert list(stored_rows(tmp_path)) == [2]
-    assert read_options(tmp_path) == {"id": "id", "name": "b"}
+    assert dict(read_options(tmp_path) or {}).items() >= {"id": "id", "name": "b"}.items()
 
 
 # Sending later
