@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +32,18 @@ NAMES = ("PROJECT", "NAME", "TAGS", "ENTITY", "RUN_GROUP", "NOTES", "RUN_ID", "D
 
 
 @pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An own home and working directory, in which nothing is told to wandb."""
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An own home and working directory, in which nothing is told to wandb; what is told it in a test ends with that."""
+    before = dict(os.environ)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "keys"))
     for name in NAMES:
         monkeypatch.delenv(f"WANDB_{name}", raising=False)
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    yield tmp_path
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        del os.environ[name]
+    os.environ.update(before)
 
 
 # Whether it is online
