@@ -18,7 +18,7 @@ from digitdist.distributed.heartbeat import LEFT, NOTICED, RAISED, Heartbeat, re
 from digitdist.distributed.phases import PhaseTimer
 from digitdist.distributed.plan import Plan, make_plan
 from digitdist.distributed.preflight import raise_on_all_ranks, run_preflight
-from digitdist.distributed.process import before_leaving, launcher_start_time, run_command
+from digitdist.distributed.process import launcher_start_time, run_command
 from digitdist.distributed.quotas import cpu_quota
 from digitdist.distributed.restoring import generators_kept, process_restored
 from digitdist.distributed.shortcuts import SHORTCUTS, eager_optimizer, use_deterministic_algorithms
@@ -36,7 +36,6 @@ __all__ = [
     "PhaseTimer",
     "Plan",
     "StopRequest",
-    "before_leaving",
     "broadcast_tensors",
     "check_equal",
     "cpu_quota",

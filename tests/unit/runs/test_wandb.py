@@ -103,7 +103,6 @@ def test_each_value_of_wandb_mode_means_what_wandb_means_and_an_unknown_one_is_o
 
 def test_the_values_of_wandb_mode_are_those_of_the_installed_wandb():
     import wandb
-
     from digitdist.runs.wandb_settings import MODES
 
     for mode, meaning in MODES.items():
