@@ -21,7 +21,7 @@ from digitdist.distributed.output import make_expendable
 from digitdist.distributed.phases import PhaseTimer
 from digitdist.distributed.plan import PRECISIONS, Plan, make_plan, planned_device
 from digitdist.distributed.preflight import raise_on_all_ranks, run_preflight
-from digitdist.distributed.process import before_leaving, is_command, run_command
+from digitdist.distributed.process import is_command, run_command
 from digitdist.distributed.quotas import cpu_quota
 from digitdist.distributed.restoring import generators_kept, process_restored
 from digitdist.distributed.shortcuts import SHORTCUTS, eager_optimizer, use_deterministic_algorithms
@@ -40,7 +40,6 @@ __all__ = [
     "PhaseTimer",
     "Plan",
     "StopRequest",
-    "before_leaving",
     "broadcast_tensors",
     "check_equal",
     "cpu_quota",

@@ -14,6 +14,7 @@ from digitdist.distributed import Plan
 from digitdist.files import atomic_write
 from digitdist.runs.attempts import is_restart, run_of_launchers
 from digitdist.runs.clearing import RUN_FILES
+from digitdist.runs.wandb_record import MEDIA
 from digitdist.world import print_main
 
 
@@ -49,5 +50,5 @@ def _files(folder: Path, stored: Checkpoint) -> dict[str, bytes]:
     steps = {stored.step, stored.state["best"]["step"] if stored.state["best"] else stored.step}
     inner = [file for step in steps for file in (folder / "checkpoints" / folder_name(step)).glob("*")]
     inner.sort(key=lambda file: file.name == MANIFEST)  # last: without it the others are not a checkpoint yet
-    files = [*(folder / name for name in RUN_FILES), *inner]
+    files = [*(folder / name for name in (*RUN_FILES, f"wandb/{MEDIA}")), *inner]
     return {str(file.relative_to(folder)): file.read_bytes() for file in files if file.exists()}

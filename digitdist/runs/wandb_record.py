@@ -13,6 +13,7 @@ from digitdist.runs.metrics import read_metrics
 from digitdist.runs.wandb_media import Media
 
 OPTIONS, MEDIA = "run.json", "media.jsonl"
+NAMES = ("id", "project", "entity", "group", "job_type", "name", "notes", "tags", "config")  # in the former
 
 
 def begin_record(folder: Path, run_id: str, options: Mapping[str, Any]) -> None:
@@ -36,7 +37,9 @@ def read_options(folder: Path) -> dict[str, Any] | None:
         options = json.loads((folder / "wandb" / OPTIONS).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
-    return options if isinstance(options, dict) and isinstance(options.get("id"), str) else None
+    if not isinstance(options, dict) or not isinstance(options.get("id"), str):
+        return None
+    return {name: options.get(name) for name in NAMES}
 
 
 def keep_media(folder: Path, step: int, media: Mapping[str, Media]) -> None:

@@ -12,13 +12,12 @@ from typing import Any
 
 import psutil
 
-from digitdist.distributed import before_leaving
 from digitdist.errors import in_one_line
 from digitdist.runs.metrics import METRICS
 from digitdist.runs.wandb_media import Media
 from digitdist.runs.wandb_record import begin_record, keep_media, stored_rows
 from digitdist.runs.wandb_server import wandb_mode
-from digitdist.runs.wandb_session import Session, prepare_environment, remove_service_folder, remove_temporary_folders
+from digitdist.runs.wandb_session import Session, prepare_environment, remove_service_folder
 
 INIT_TIMEOUT_S = 3.0  # wandb adds up to 10 s to this before it gives up
 UPLOAD_TIMEOUT_S = 6.0  # for what is left to send at the end
@@ -28,7 +27,7 @@ SETTINGS = {"init_timeout": INIT_TIMEOUT_S, "finish_timeout": UPLOAD_TIMEOUT_S}
 
 
 class WandbRun:
-    """A W&B run, started by its first event; its methods never raise.
+    """A W&B run, started by its first event, or at once where an earlier attempt had one; its methods never raise.
 
     A step is sent once, when all its metrics are there. What an earlier attempt has recorded and W&B does not have is sent
     first. All of it is also kept in the run's folder, from where `sync_wandb` can send it later.
@@ -46,6 +45,8 @@ class WandbRun:
         self._keep(lambda: begin_record(folder, run_id, init_options))
         self._stored = stored_rows(folder)
         self._last_step = max(self._stored, default=0)
+        if self._stored:  # a run that only has to end would not have the time
+            self._begin()
 
     def log(self, event: Mapping[str, float], step: int, media: Mapping[str, Media]) -> None:
         self._last_step = step
@@ -76,10 +77,13 @@ class WandbRun:
                 self._report(f"W&B: what could be sent later cannot be kept in {self._folder / 'wandb'} ({in_one_line(error)})")
             self._complained = True
 
+    def _begin(self) -> None:
+        self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
+        self._thread.start()
+
     def _give(self, task: Callable[[Session], None] | None) -> None:
         if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
-            self._thread.start()
+            self._begin()
         self._tasks.put(task)
 
     def _end(self, task: Callable[[Session], None]) -> None:
@@ -116,7 +120,6 @@ class WandbRun:
         import wandb  # takes 0.7 s, and is never imported where it is disabled
 
         self._wandb = wandb
-        before_leaving(remove_temporary_folders)
         try:
             session = self._open(mode)
         except Exception as error:

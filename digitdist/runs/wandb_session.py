@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import os
 import re
 import shutil
@@ -42,7 +40,7 @@ class Session:
     """
 
     def __init__(self, wandb: Any, folder: Path, mode: str, options: Mapping[str, Any], settings: Mapping[str, Any]):
-        self._wandb, self.mode, self._name = wandb, mode, options["name"]
+        self._wandb, self.mode, self._name = wandb, mode, str(options["name"])
         _wait_for_unused_name(folder / "wandb", options["id"])
         settings = {**SETTINGS, **settings}
         known = getattr(wandb.Settings, "model_fields", settings)
@@ -112,12 +110,3 @@ def remove_service_folder() -> None:
     """Removes the temporary folder of wandb's own process, which has ended: 0.28 leaves it, and so does one that was killed."""
     for left in Path(tempfile.gettempdir()).glob(f"wandb-{os.getpid()}-*"):
         shutil.rmtree(left, ignore_errors=True)
-
-
-def remove_temporary_folders() -> None:
-    """Removes what wandb would remove at the end of a process that ends by itself, as a rank does not."""
-    remove_service_folder()
-    for found in gc.get_objects():
-        if type(found) is tempfile.TemporaryDirectory and "wandb" in Path(found.name).name:
-            with contextlib.suppress(OSError):
-                found.cleanup()

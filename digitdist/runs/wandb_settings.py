@@ -101,7 +101,7 @@ def wandb_mistakes(tracking: TrackingConfig) -> list[str]:
     found = [_bad_project(where, options["project"])]
     if variable and variable != options["project"]:  # wandb reads it though it has no say
         found.append(_bad_project("WANDB_PROJECT", variable))
-    found.append(_bad_run_id(os.environ.get("WANDB_RUN_ID") or None))
+    found.append(_bad_run_id(os.environ.get("WANDB_RUN_ID", "")))
     where = "tracking.tags" if tracking.tags else "WANDB_TAGS"
     found += [
         f"{where}: the tag {tag!r} has {len(tag)} characters; W&B takes 1 to 64; shorten it"
@@ -115,15 +115,15 @@ def _bad_project(where: str, name: str) -> str | None:
     bad = sorted(set(name) & set("/\\#?%:"))
     if bad:
         return f"{where}={name}: W&B takes no {' '.join(bad)} in a project's name; give another"
-    if not 1 <= len(name) <= 128 or name != name.strip():
-        return f"{where}={name}: W&B takes a project's name of 1 to 128 characters without spaces around it; give another"
+    if not 1 <= len(name) <= 128:
+        return f"{where}={name}: W&B takes a project's name of 1 to 128 characters; give another"
     return None
 
 
-def _bad_run_id(name: str | None) -> str | None:
-    bad = sorted(set(name or "") & set(":;,#?/'\\%"))
+def _bad_run_id(name: str) -> str | None:
+    bad = sorted(set(name) & set(":;,#?/'"))
     if bad:
         return f"WANDB_RUN_ID={name}: W&B takes no {' '.join(bad)} in a run's id; give another, or unset it"
-    if name and (name != name.strip() or len(name) > 128):
-        return f"WANDB_RUN_ID={name}: W&B takes one of 1 to 128 characters without spaces around it; give another, or unset it"
+    if name != name.strip():
+        return f"WANDB_RUN_ID={name!r}: W&B takes no spaces around a run's id; give another, or unset it"
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +22,7 @@ from digitdist.runs.wandb_record import read_options, stored_rows
 from digitdist.runs.wandb_server import why_offline
 from digitdist.runs.wandb_session import Session, prepare_environment, remove_service_folder
 
+UNSENT = "unsent"  # a folder in the run's, of charts and tables that the server has not shown yet
 ACKNOWLEDGE_TIMEOUT_S = 20.0  # until the server shows what it was sent
 API_TIMEOUT_S = 10  # for one of its answers
 SETTINGS = {
@@ -102,6 +104,9 @@ def _send(wandb: Any, folder: Path, place: Path, options: Mapping[str, Any]) -> 
     Raises:
         UserError: the server does not show that it has it.
     """
+    unsent = folder / "wandb" / UNSENT
+    if not unsent.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{unsent} leads out of the run's folder; remove that link")
     rows, result = stored_rows(folder), _read_result(folder)
     attempts = read_attempts(folder)
     stopped = not result and bool(attempts) and bool(attempts[-1].get("stopped"))
@@ -110,28 +115,34 @@ def _send(wandb: Any, folder: Path, place: Path, options: Mapping[str, Any]) -> 
     path, url = session.run.path, session.run.url
     session.replay(rows)
     session.finish(result, weights, stopped)
-    sent_files = {str(file.relative_to(session.files)) for file in session.files.glob("media/**/*") if file.is_file()}
-    expected = (max(rows, default=-1), result.get("weights_sha256"), sent_files)
+    if session.num_media:
+        shutil.copytree(session.files / "media", unsent / "media", dirs_exist_ok=True)
     deadline = time.monotonic() + ACKNOWLEDGE_TIMEOUT_S
-    while missing := _missing(wandb, path, *expected):
+    while missing := _missing(wandb, path, max(rows, default=-1), result.get("weights_sha256"), unsent):
         if time.monotonic() > deadline:
             raise UserError(f"{folder} is not all at W&B: {missing}; nothing is lost, send it again")
         time.sleep(1)
+    shutil.rmtree(unsent, ignore_errors=True)
     parts = [f"{session.num_rows} of {len(rows)} steps", f"{session.num_media} charts and tables"]
     parts += ["the result"] * bool(result) + ["the weights"] * bool(weights)
     return f"sent {', '.join(parts)}; W&B has every step{f' ({lost})' if lost else ''}: {url}"
 
 
-def _missing(wandb: Any, path: str, last_step: int, weights_sha256: str | None, files: set[str]) -> str | None:
-    """What the server does not show of a run that was sent to it; None where it shows all."""
+def _missing(wandb: Any, path: str, last_step: int, weights_sha256: str | None, unsent: Path) -> str | None:
+    """What the server does not show of a run that was sent to it; None where it shows all. Files of charts and tables in the
+    folder `unsent` that it does not show are sent again: their steps would not be."""
     try:
         run = wandb.Api(timeout=API_TIMEOUT_S).run(path)
         if run.lastHistoryStep < last_step:
             return f"the server shows steps up to {run.lastHistoryStep}, not {last_step}"
         if weights_sha256 and run.summary.get("weights_sha256") != weights_sha256:
             return "the server does not show the result"
-        absent = files - {file.name for file in run.files(per_page=1000)} if files else None
-        return f"the server does not show {sorted(absent)[0]}" if absent else None
+        files = {str(file.relative_to(unsent)) for file in unsent.glob("media/**/*") if _is_own_file(file, unsent)}
+        absent = sorted(files - {file.name for file in run.files(per_page=1000)}) if files else []
+        for name in absent:
+            with contextlib.suppress(Exception):  # the next look shows whether it has come
+                run.upload_file(str(unsent / name), root=str(unsent))
+        return f"the server does not show {absent[0]}" if absent else None
     except Exception as error:  # wandb raises all kinds
         return in_one_line(error)
 
@@ -151,4 +162,9 @@ def _weights_file(folder: Path, config: Mapping[str, Any], result: Mapping[str, 
         return None, ""
     name = "ema" if config.get("optim.ema") else "model"
     file = folder / "checkpoints" / folder_name(result["steps"]) / f"{name}.safetensors"
-    return (file, "") if file.is_file() else (None, f"without the weights: {file} is gone")
+    return (file, "") if _is_own_file(file, folder) else (None, f"without the weights: {file} is gone")
+
+
+def _is_own_file(file: Path, folder: Path) -> bool:
+    """Whether it is a file in `folder`, and no link that leads elsewhere: a run may come from somebody else."""
+    return file.is_file() and file.resolve().is_relative_to(folder.resolve())

@@ -86,7 +86,7 @@ class StoredRun:
             "id": self.name,
             "name": self.name,
             "displayName": given.get("displayName") or self.name,
-            "project": PROJECT,
+            "project": PROJECT | {"name": given.get("project") or PROJECT["name"]},
             "projectId": 1,
             "state": self.state,
             "tags": given.get("tags") or [],
@@ -130,7 +130,8 @@ def file_node(name: str) -> dict[str, Any]:
 
 
 class Server:
-    """Listens on a free port. `manner` is one of answer, hang, fail, close, refuse (401 to all), drop (401 to the file stream);
+    """Listens on a free port. `manner` is one of answer, hang, fail, close, refuse (401 to all), drop (401 to the
+    file stream and to uploads), lose (uploads);
     `asked` are the paths asked for with their bodies, `runs` what is kept of each run by its id."""
 
     def __init__(self, manner: str = "answer"):
@@ -142,7 +143,7 @@ class Server:
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._http.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._http.server_port}"
-        threading.Thread(target=self._http.serve_forever, daemon=True).start()
+        threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
         self.environment = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": self.url}  # of a client with a key
 
     @property
@@ -209,8 +210,10 @@ class Server:
                         self.reply(500, {})
                     case "refuse":
                         self.reply(401, {"errors": [{"message": "unauthorized"}]})
-                    case "drop" if self.path.endswith("/file_stream"):
+                    case "drop" if self.path != "/graphql":
                         self.reply(401, {})
+                    case "lose" if self.path.startswith("/upload/"):
+                        self.reply(200, {})
                     case _:
                         self.reply(200, server.answer(self.path, body))
 
