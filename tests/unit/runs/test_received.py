@@ -330,3 +330,21 @@ def test_where_the_state_folder_cannot_be_written_that_is_said_and_the_run_asked
     (place.theirs / "config.yaml").write_text("seed: 1")
     mark_run(place.theirs)
     assert capsys.readouterr().out == "", "such a run needs no mark"
+
+
+@pytest.mark.parametrize(
+    ("state", "configured", "trained", "on_cpu"),
+    [
+        ("bf16", "auto", "bf16", "bf16"),
+        ("fp16", "auto", "fp16", "fp32"),
+        (None, "fp16", "fp16", "fp32"),
+        (None, "auto", "fp32", "fp32"),
+        (["x"], "no", "fp32", "fp32"),
+    ],
+)
+def test_what_is_computed_with_a_run_is_in_its_precision_where_the_device_has_it(
+    place: Place, state: object, configured: str, trained: str, on_cpu: str
+):
+    (place.theirs / "config.yaml").write_text(f"train: {{precision: {configured}}}")
+    run, stored = load_run("theirs", []), Checkpoint({}, {"step": 5, "precision": state})
+    assert (run.trained_precision(stored), run.precision(stored, "cpu")) == (trained, on_cpu)
