@@ -287,7 +287,12 @@ def main() -> None:
 
 if __name__ == "__main__":
     try:
-        main()
+        try:
+            main()
+        finally:
+            print(end="", flush=True)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
+    except BrokenPipeError:  # whoever reads our output has seen enough, as in `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

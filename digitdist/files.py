@@ -28,7 +28,7 @@ def atomic_write(file: Path, content: bytes | bytearray) -> None:
         write_synced(temporary, content)
         os.replace(temporary, file)
         sync(file.parent)
-    except OSError:
+    except BaseException:  # ^C too
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise

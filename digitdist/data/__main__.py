@@ -5,6 +5,9 @@ python -m digitdist.data data.name=mnist --plot samples.png
 
 from __future__ import annotations
 
+import io
+from pathlib import Path
+
 import torch
 
 from digitdist.config import DataConfig, Parser, load_config
@@ -13,6 +16,7 @@ from digitdist.data.loading import SAMPLE, load_splits
 from digitdist.data.transforms import displayable
 from digitdist.distributed import make_expendable, run_command
 from digitdist.errors import UserError
+from digitdist.files import atomic_write
 
 PLOTTED = 20  # classes in a picture of samples
 
@@ -58,7 +62,9 @@ def plot(splits: Splits, file: str) -> None:
         row[0].set_ylabel(classes[label], rotation=0, ha="right", va="center")
     figure.suptitle(f"{info.name}: {len(splits.train):,} training images, ten of each class", fontsize=10)
     try:
-        figure.savefig(file, dpi=120)
+        content = io.BytesIO()
+        figure.savefig(content, dpi=120, format=Path(file).suffix[1:] or "png")
+        atomic_write(Path(file), content.getvalue())
     except (OSError, ValueError) as error:
         raise UserError(f"--plot {file}: {error}; give a file such as samples.png in a folder you can write to") from None
 
@@ -77,10 +83,11 @@ def main() -> None:
         make_expendable("stdout")  # since its product is a file
     config = load_config(arguments.config, arguments.overrides)
     splits = load_splits(config.data, config.seed)
-    print(describe(config.data, splits))
-    if arguments.plot:
+    if arguments.plot:  # first, since whoever reads what is printed may stop
         plot(splits, arguments.plot)
-        print(f"{arguments.plot}: samples of each class")
+    print(describe(config.data, splits), flush=True)
+    if arguments.plot:
+        print(f"{arguments.plot}: samples of each class", flush=True)
 
 
 if __name__ == "__main__":

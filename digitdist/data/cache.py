@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +12,11 @@ import safetensors.torch
 from filelock import FileLock
 from torch import Tensor
 
-from digitdist.checkpoint import Tensors, atomic_write, weights_sha256
+from digitdist.checkpoint import Tensors, weights_sha256
+from digitdist.files import TEMPORARY, atomic_write
 from digitdist.world import print_main
 
+STALE_S = 3600.0  # after which nobody writes a file any more
 VERSION = 1  # of how pictures are brought to their form: a new one makes all caches anew
 
 
@@ -36,11 +39,19 @@ def cached(name: str, key: str, make: Callable[[], Tensors]) -> Tensors:
             if kept is not None:
                 return kept
             made = make()
+            _remove_stale(file.parent)
             atomic_write(file, safetensors.torch.save(made, {"key": label, "sha256": weights_sha256(made)}))
             return made
     except OSError as error:
         print_main(f"decoded images cannot be kept in {file.parent} ({error.strerror}), and are made anew each time")
         return make()
+
+
+def _remove_stale(folder: Path) -> None:
+    """Removes what processes that were killed have left, maybe since the disk is full."""
+    for stale in folder.glob(TEMPORARY):
+        if time.time() - stale.lstat().st_mtime > STALE_S:
+            stale.unlink(missing_ok=True)
 
 
 def _read(file: Path, label: str) -> dict[str, Tensor] | None:

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-from digitdist.checkpoint import atomic_write
 from digitdist.data.datasets import ImageSet
 from digitdist.errors import UserError
+from digitdist.files import TEMPORARY, atomic_write
 
 FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
@@ -43,6 +43,8 @@ def _unpacked(path: Path, sha256: str) -> bytearray:
             return content
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.parent / ".digitdist.lock"):
+            for stale in path.parent.glob(TEMPORARY):  # of a process that was killed, maybe since the disk is full
+                stale.unlink(missing_ok=True)
             content = _verified(path, sha256)  # another process may have been faster
             return _unpack(path, sha256) if content is None else content
     except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import zipfile
 from pathlib import Path
@@ -39,12 +40,16 @@ def read_torchvision(name: str, root: Path, split: str) -> ImageSet:
     options: dict[str, Any] = {"split": split} if name == "svhn" else {"train": split == "train"}
     options |= {"split": "digits"} if name == "emnist_digits" else {}
     folder = root / kind.__name__ if name in ("usps", "svhn") else root
-    output = io.StringIO()
+    output, before = io.StringIO(), {*folder.rglob("*")}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".digitdist.lock"), contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             data = kind(str(folder), download=True, **options)
     except (OSError, RuntimeError, ValueError, TypeError, AssertionError, EOFError, zipfile.BadZipFile) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            for made in {*folder.rglob("*")} - before:  # half a file would keep the disk full
+                if made.is_file():
+                    made.unlink()
         addresses, files, where = _sources(kind, folder)
         raise UserError(
             f"data.name={name} cannot be downloaded ({in_one_line(error)}); tried {', '.join(addresses)};"

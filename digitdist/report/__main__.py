@@ -40,7 +40,7 @@ def main() -> None:
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}; give a place that you can write to") from None
     for page in pages:  # at the end, since whoever reads this may stop before
-        print(page)
+        print(page, flush=True)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from digitdist.config import DataConfig, read_stored_config, shown, stored_values
+from digitdist.config import Config, DataConfig, read_stored_config, shown, stored_values
 from digitdist.data import DATA_SETS, DataSetInfo, known_info
 from digitdist.errors import in_one_line
 from digitdist.evaluate import Evaluation, load_predictions
@@ -118,8 +118,8 @@ def read_record(folder: Path) -> Record:
 
         return wrapped
 
-    flat: dict[str, Any] = read(CONFIG, lambda file: _flat(stored_values(file)), {})
-    config, _ = read_stored_config(folder / CONFIG)
+    flat: dict[str, Any] = read(CONFIG, _read_config, {})
+    config = read_stored_config(folder / CONFIG)[0] if flat else Config()
     attempts: list[dict[str, Any]] = read(ENVIRONMENT, read_lines(read_attempts), [])
     events: list[dict[str, float]] = read(METRICS, read_lines(_read_events), [])
     result = read(RESULT, _read_result, None)
@@ -134,6 +134,11 @@ def read_record(folder: Path) -> Record:
         notes.append(f"There is no {RESULT} beside {PREDICTIONS}, which may be of an earlier end of this run.")
     own = made_here(folder, config)
     return Record(folder, flat, config.data, config.seed, own, info, attempts, events, result, predictions, notes)
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    read_plain(file, LARGEST)  # refuses what is none, a link too
+    return _flat(stored_values(file))
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

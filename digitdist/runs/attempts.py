@@ -145,8 +145,6 @@ def run_of_launchers(runs: Path, launchers: list[float]) -> str | None:
 
 def describe_environment(plan: Plan) -> Attempt:
     """What this attempt runs on."""
-    git = ["git", "-C", str(Path(digitdist.__file__).parent), "rev-parse", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True) if shutil.which("git") else None
     return {
         "time": datetime.now().astimezone().isoformat(timespec="seconds"),
         "host": platform.node(),
@@ -162,6 +160,19 @@ def describe_environment(plan: Plan) -> Attempt:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "accelerate": accelerate.__version__,
-        "git_commit": commit.stdout.strip() if commit and commit.returncode == 0 else None,
+        "git_commit": git_commit(Path(digitdist.__file__)),
         "command": sys.argv,
     }
+
+
+def git_commit(source: Path) -> str | None:
+    """The commit that `source`, a file of the package, is of; None where git does not track it, as in a folder of packages that
+    lies in somebody's repository."""
+    if not shutil.which("git"):
+        return None
+    git = ["git", "-C", str(source.parent)]
+    for command in (["ls-files", "--error-unmatch", source.name], ["rev-parse", "HEAD"]):
+        done = subprocess.run([*git, *command], capture_output=True, text=True)
+        if done.returncode:
+            return None
+    return done.stdout.strip()

@@ -154,6 +154,8 @@ def load_run(name: str, overrides: Sequence[str], needs_data: bool = True) -> St
     trusted, overrides = _split_trust(overrides)
     folder = find_run(name, load_config((), [o for o in overrides if o.startswith("run.dir=")]).run.dir)
     file = folder / CONFIG
+    if file.is_symlink():
+        raise UserError(f"{file} is a link, which is not followed; copy the file itself")
     stored, _ = read_stored_config(file)
     info = read_info(folder, stored.data)
     if made_here(folder, stored):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -164,6 +165,6 @@ def write_report(folder: Path) -> None:
     command = [sys.executable, "-m", "digitdist.report", str(folder)]
     made = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if made.returncode:
-        print_main(f"no report: {made.stderr.strip()[-300:]}; later: python -m digitdist.report {folder}")
+        print_main(f"no report: {made.stderr.strip()[-300:]}; later: python -m digitdist.report {shlex.quote(str(folder))}")
     else:
         print_main(f"report in {folder / 'report.html'}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,8 @@ class Recorder:
         self.display.print(f"\n{self.data_set} test: {result}")
         if seconds:
             self.display.print(f"trained {images:,} images in {seconds:.1f} s, {images / seconds:,.0f} images/s")
-        self.display.print(f"files in {self.run.folder}; next: python -m digitdist.evaluate {self.run.folder}")
+        folder = shlex.quote(str(self.run.folder))
+        self.display.print(f"files in {self.run.folder}; next: python -m digitdist.evaluate {folder}")
         self.tracker.finish(record, {"test/worst_mistakes": _worst_mistakes(result, test)}, self._weights_file())
 
     def _end_profile(self) -> None:

@@ -23,6 +23,7 @@ from digitdist.errors import EXIT_USER_ERROR, UserError
 from digitdist.export import formats, parity
 from digitdist.export.__main__ import main
 from digitdist.models import build_model
+from digitdist.runs import mark_run
 
 pytestmark = pytest.mark.slow  # exporters take seconds each
 
@@ -102,6 +103,7 @@ def made(folder: Path, *overrides: str, ema: bool = False) -> tuple[Path, dict[s
     folder.mkdir()
     (folder / "config.yaml").write_bytes(config.dump_config(settings))
     checkpoint.write(folder / "checkpoints", Checkpoint(tensors, {"step": 5, "best": None}), keep=1)
+    mark_run(folder)
     return folder, tensors["ema" if ema else "model"]
 
 
@@ -140,9 +142,10 @@ def test_the_example_of_the_help_writes_an_onnx_file_that_needs_onnxruntime_alon
     done = python(*last.replace("runs/quick", "runs/a").split()[2:], cwd=trained)
     assert (done.code, done.err) == (0, "")
     correct = result(here)["test_correct"]
-    first, second = done.out.splitlines()
+    first, second, third = done.out.splitlines()
     assert first.startswith(f"runs/a at step 20, mnist test: {correct:,}/10,000 correct")
     assert second.startswith("runs/a/export/model.onnx: the same prediction on all 10,000 images, largest difference")
+    assert third == f"predictions.npz, in fp32 on cpu: {correct:,} correct, the same prediction on all 10,000 images"
     assert [path.name for path in (here / "export").iterdir()] == ["model.onnx"]
     assert_says_where_it_is_from(here / "export/model.onnx", here)
     alone = python("-c", WITH_ONNXRUNTIME, "runs/a/export/model.onnx", cwd=trained)

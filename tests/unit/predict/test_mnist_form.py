@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from torch import Tensor
 
 from digitdist.data import Splits, mnist_form, open_picture
 from digitdist.errors import UserError
@@ -112,3 +113,58 @@ def test_hardly_a_digit_of_mnist_is_taken_for_two_and_hardly_two_for_one(splits:
     pairs = [error_of(padded(np.hstack([*pair]))) for pair in splits.test.images[:200].view(100, 2, 28, 28).numpy()]
     assert sum(error is not None for error in singles) <= 1, "0.1 %"
     assert sum(error is not None and "2 digits side by side" in error for error in pairs) >= 97
+
+
+@pytest.mark.parametrize("ink", [180, 200, 220, 235, 245])
+@pytest.mark.parametrize("speck", [2, 4, 8], ids="{} pixels".format)
+def test_a_faint_digit_with_a_dark_speck_beside_it_is_the_digit(ink: int, speck: int):
+    picture = Image.new("L", (300, 200), 255)
+    pen = ImageDraw.Draw(picture)
+    pen.line([(85, 45), (155, 42), (120, 160)], fill=ink, width=12, joint="curve")
+    wanted = mnist_form(picture.convert("RGBA"))
+    pen.rectangle([250, 30, 250 + speck, 30 + speck], fill=0)
+    assert torch.equal(mnist_form(picture.convert("RGBA")), wanted)
+
+
+def scrawl(rng: np.random.Generator) -> Image.Image:
+    """A picture of anything: flat, a gradient, noise, or strokes and specks of any strength, in any mode."""
+    height, width = (int(side) for side in rng.choice([1, 2, 3, 27, 28, 29, 64, 65, 150], 2))
+    picture = Image.new("L", (width, height), int(rng.integers(256)))
+    pen = ImageDraw.Draw(picture)
+    for _ in range(int(rng.integers(0, 7))):
+        x, y, u, v = (int(place) for place in rng.integers(-5, 155, 4))
+        pen.line([(x, y), (u, v)], fill=int(rng.integers(256)), width=int(rng.integers(1, 12)))
+        pen.rectangle([u, v, u + int(rng.integers(0, 4)), v + int(rng.integers(0, 4))], fill=int(rng.integers(256)))
+    pixels = np.asarray(picture, np.float32) + rng.choice([0, 60]) * np.mgrid[0 : 1 : height * 1j][:, None]
+    pixels = pixels + rng.normal(0, rng.choice([0, 2, 20]), pixels.shape)
+    grey = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    match rng.integers(5):
+        case 0:
+            pixels[rng.integers(height), rng.integers(width)] = rng.choice([np.nan, np.inf, -np.inf, -9, 1e38])
+            return Image.fromarray(pixels.astype(np.float32) * np.float32(rng.choice([1, 1e-40, 1 / 255])))
+        case 1:
+            return Image.fromarray((pixels.clip(0, 255) * 257).astype(np.uint16))
+    if rng.random() < 0.4:
+        picture = grey.convert("RGBA")
+        picture.putalpha(int(rng.choice([0, 1, 128])) if rng.random() < 0.5 else grey)
+        return picture
+    return grey.convert(str(rng.choice(["1", "L", "P", "RGB", "CMYK", "I"])))
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize("seed", range(4))
+def test_a_picture_of_anything_is_a_digit_or_one_line_that_says_why_not(seed: int):
+    rng, forms = np.random.default_rng(seed), list[Tensor]()
+    refused = list[str]()
+    for _ in range(60):
+        content = io.BytesIO()
+        scrawl(rng).save(content, "TIFF")
+        cut = int(rng.integers(len(content.getvalue()))) if rng.random() < 0.1 else None
+        try:
+            forms.append(mnist_form(open_picture(content.getvalue()[:cut])))
+        except UserError as error:
+            refused.append(str(error))
+    assert forms
+    assert all(form.shape == (28, 28) and form.any() for form in forms)
+    assert refused
+    assert all(len(text.splitlines()) == 1 for text in refused)
