@@ -135,13 +135,15 @@ def test_two_interrupts_end_torchrun_and_its_workers(place: Path, at_step: int):
     if at_step:
         wait_for_step(place / "runs/a", at_step, process)
     workers = wait_until(lambda: [child for child in psutil.Process(process.pid).children() if has_mapped(child, "libtorch")])
-    began = time.monotonic()
     process.send_signal(signal.SIGINT)
     time.sleep(1)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    assert time.monotonic() - began < 1 + 5
-    assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
+    wait_until(lambda: not any(map(runs, workers)), timeout=5)
+    process.communicate(timeout=15)  # what is left is torchrun's own
+
+
+def runs(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
 # A save that takes long
