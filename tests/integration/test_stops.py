@@ -142,6 +142,21 @@ def test_two_interrupts_end_torchrun_and_its_workers(place: Path, at_step: int):
     process.communicate(timeout=15)  # what is left is torchrun's own
 
 
+def test_two_interrupts_at_once_leave_time_to_save_and_then_end_it(place: Path):
+    """The second may be the first, passed on by a launcher. Here the step never ends."""
+    env = CLEAN | {"DIGITDIST_FAULT": "block rank=0 step=8 phase=update"}
+    process = start_process(launched("python", *ENDLESS), place, env)
+    wait_for_step(place / "runs/a", 5, process)
+    time.sleep(1)
+    began = time.monotonic()
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+    process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGINT
+    assert 2 < time.monotonic() - began < 5
+
+
 def runs(process: psutil.Process) -> bool:
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
