@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import subprocess
@@ -39,7 +40,7 @@ IMPORTS = """
 import time, torch, accelerate
 ended = time.time()
 from digitdist.distributed import peak_memory_mb
-print(ended, peak_memory_mb(torch.device("cpu"))["host"])
+print(ended, peak_memory_mb(torch.device("cpu"))["host"] or "nan")
 """
 
 
@@ -95,4 +96,5 @@ def start_up(overrides: list[str], env: dict[str, str] | None = None) -> dict[st
         (memory,) = json.loads((Path(folder) / "a" / RESULT).read_text())["peak_memory_mb"]
     began = time.time()
     ended, used = subprocess.run([sys.executable, "-c", IMPORTS], check=True, capture_output=True, text=True).stdout.split()
-    return {"command to first step": (first, memory["host"]), "import torch, accelerate": (float(ended) - began, float(used))}
+    host = memory["host"] or math.nan  # where the kernel tells none
+    return {"command to first step": (first, host), "import torch, accelerate": (float(ended) - began, float(used))}

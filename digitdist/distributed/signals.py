@@ -17,7 +17,7 @@ from digitdist.world import is_main, print_main, under_torchelastic
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP]
 LOOK_EVERY_S = 0.5
 SAME_INTERRUPT_S = 0.5  # a launcher passes a terminal's ^C on to processes that have had it from the terminal already
-SAVING_S = 3.0  # in which a run that was stopped by one ^C may end by itself
+SAVING_S = 2.5  # in which a run that was stopped by one ^C may end by itself
 INTERRUPT_S = 1.0  # in which the main thread takes a second ^C, unless it waits in C++
 
 

@@ -83,11 +83,16 @@ def test_two_hosts_give_the_weights_of_one_process_and_the_main_ranks_host_holds
     assert events(holder.folder / "runs" / "x") == events(one_process / "x")
 
 
-@pytest.mark.parametrize("first", ["10.77.0.1", "h0", "first"])
+@pytest.mark.parametrize("first", ["10.77.0.1", "h0", "first", "without a launcher"])
 def test_hosts_meet_where_each_knows_itself_as_debians_127_0_1_1(folders: list[Path], first: str):
     began = time.monotonic()
     with network(folders[:2], own_name="127.0.1.1") as hosts:
-        outcomes = ends([host.start(HOSTS_SH, "2", first, *SHORT, "train.max_steps=2") for host in hosts])
+        short = (*SHORT, "train.max_steps=2")
+        if first == "without a launcher":  # by ranks, whose MASTER_ADDR is the first host's name
+            started = [rank(host, number, 2, *short) for number, host in enumerate(hosts)]
+        else:
+            started = [host.start(HOSTS_SH, "2", first, *short) for host in hosts]
+        outcomes = ends(started)
     assert [outcome.code for outcome in outcomes] == [0, 0], outcomes
     assert time.monotonic() - began < 90, "torchrun gives up after 3 to 4 minutes"
     (run,) = (folder / "runs" / "x" for folder in folders if (folder / "runs" / "x").exists())
