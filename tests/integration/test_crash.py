@@ -281,8 +281,8 @@ FOCUS = ("data.focus=4", "data.validation=50000", "data.batch_size=700", "train.
         (1, ("checkpoint.every_steps=0",)),
         (3, ("checkpoint.every_steps=0", *FOCUS)),
         (2, ("checkpoint.every_steps=0", "sync.compress=powersgd")),
-        (2, ("checkpoint.every_steps=17", "sync.mode=local", "sync.every=10", *FOCUS)),
-        (2, ("checkpoint.every_steps=17", "sync.mode=local", "sync.every=5", "sync.overlap=true")),
+        (2, ("checkpoint.every_steps=0", "sync.mode=local", "sync.every=10", *FOCUS)),
+        (2, ("checkpoint.every_steps=0", "sync.mode=local", "sync.every=5", "sync.overlap=true")),
     ],
 )
 def test_in_other_modes_too_stopping_and_going_on_changes_no_bit(
