@@ -33,7 +33,7 @@ def soak_place(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_fifteen_faults_leave_no_trace(soak_place: Path):
-    soak = Soak(soak_place, seed=1, trainings=("exact", "ddp", "local"))
+    soak = Soak(soak_place, seed=3, trainings=("exact", "ddp", "local"))
     soak.run(15)
     assert soak.num_survived >= 15
 
