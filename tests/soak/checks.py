@@ -62,7 +62,8 @@ def problems(attempt: Attempt) -> Iterator[str]:
         yield "it hangs"
     if attempt.left:
         yield f"processes are left: {attempt.left}"
-    if attempt.code in (0, 75) and not attempt.faults and attempt.temporary:
+    wandb_was_killed = "W&B does not answer" in attempt.output  # on a machine that is too busy
+    if attempt.code in (0, 75) and not attempt.faults and attempt.temporary and not wandb_was_killed:
         yield f"left in TMPDIR: {attempt.temporary}"
     full_at_start = attempt.disk_was_full and FULL in attempt.output
     refusals = [line for line in attempt.output.splitlines() if line.startswith("error:")]
