@@ -10,6 +10,7 @@
 | the heartbeat of a running attempt | that attempt, as a kill does: its processes map the file |
 | all else | nothing: it is written anew, and where a finished run lacks it, that is said |
 
+A lock that nobody may open is refused, with exit code 2: another training may hold it. That damage is not done here.
 Weights, predictions and counts are never the price, and no other file is touched. An extra file costs nothing.
 """
 
@@ -142,7 +143,7 @@ def do(folder: Path, drawn: random.Random, without: frozenset[str] = frozenset()
     """Damages a file of the run as `drawn` has it; None where there is none, or it has gone meanwhile."""
     kind = drawn.choice([kind for kind in (*KINDS, SWAPPED, EXTRA, EXTRA) if kind not in without])
     file = choose(folder, drawn, without)
-    if file is None:
+    if file is None or (file.name == ".lock" and kind == "unreadable"):  # refused: another training may hold it
         return None
     try:
         return _do(kind, folder, file, drawn, without)
