@@ -198,6 +198,9 @@ def final_problems(folder: Path, unbroken: Path, record: Record, placed: set[str
         FileLock(folder / ".lock").acquire(timeout=0).lock.release()
     except Timeout:
         yield "the lock is held"
+    outside = folder.parent.parent / damage.OUTSIDE
+    if outside.exists() and outside.read_bytes() != damage.OURS:
+        yield f"{outside}, to which a link led, was written to"
     for name in placed:
         if name.endswith("-keep") and not (folder / name).is_dir():
             yield f"{name}, which is not the run's, has gone"

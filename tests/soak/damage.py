@@ -25,7 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-OURS = b"a file of the user's, outside the run"
+OUTSIDE, OURS = "ours.txt", b"a file of the user's, outside the run"  # its name and content
 
 
 @dataclass(frozen=True)
@@ -121,10 +121,11 @@ SWAPPED, EXTRA = "swapped", "an extra file"
 
 
 def outside(file: Path) -> Path:
-    """A file that is not the run's, to which a link of it may lead; it must never change."""
-    folder = next(parent for parent in file.parents if (parent / "runs").is_dir())
-    (folder / "ours.txt").write_bytes(OURS)
-    return (folder / "ours.txt").resolve()
+    """A file beside the folder of all runs, to which a link of the run may lead; it must never change."""
+    folder = next(parent for parent in file.parents if parent.name == "runs").parent
+    if not (folder / OUTSIDE).exists():  # or what was done to it would not be seen
+        (folder / OUTSIDE).write_bytes(OURS)
+    return (folder / OUTSIDE).resolve()
 
 
 def choose(folder: Path, drawn: random.Random, without: frozenset[str]) -> Path | None:
