@@ -62,7 +62,8 @@ def problems(attempt: Attempt) -> Iterator[str]:
         yield "it hangs"
     if attempt.left:
         yield f"processes are left: {attempt.left}"
-    if attempt.code in (0, 75) and not attempt.faults and attempt.temporary:
+    wandb_was_killed = "W&B does not answer" in attempt.output  # on a machine that is too busy
+    if attempt.code in (0, 75) and not attempt.faults and attempt.temporary and not wandb_was_killed:
         yield f"left in TMPDIR: {attempt.temporary}"
     full_at_start = attempt.disk_was_full and FULL in attempt.output
     refusals = [line for line in attempt.output.splitlines() if line.startswith("error:")]
@@ -197,6 +198,9 @@ def final_problems(folder: Path, unbroken: Path, record: Record, placed: set[str
         FileLock(folder / ".lock").acquire(timeout=0).lock.release()
     except Timeout:
         yield "the lock is held"
+    outside = folder.parent.parent / damage.OUTSIDE
+    if outside.exists() and outside.read_bytes() != damage.OURS:
+        yield f"{outside}, to which a link led, was written to"
     for name in placed:
         if name.endswith("-keep") and not (folder / name).is_dir():
             yield f"{name}, which is not the run's, has gone"

@@ -10,6 +10,7 @@
 | the heartbeat of a running attempt | that attempt, as a kill does: its processes map the file |
 | all else | nothing: it is written anew, and where a finished run lacks it, that is said |
 
+A lock that nobody may open is refused, with exit code 2: another training may hold it. That damage is not done here.
 Weights, predictions and counts are never the price, and no other file is touched. An extra file costs nothing.
 """
 
@@ -24,7 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-OURS = b"a file of the user's, outside the run"
+OUTSIDE, OURS = "ours.txt", b"a file of the user's, outside the run"  # its name and content
 
 
 @dataclass(frozen=True)
@@ -120,10 +121,11 @@ SWAPPED, EXTRA = "swapped", "an extra file"
 
 
 def outside(file: Path) -> Path:
-    """A file that is not the run's, to which a link of it may lead; it must never change."""
-    folder = next(parent for parent in file.parents if (parent / "runs").is_dir())
-    (folder / "ours.txt").write_bytes(OURS)
-    return (folder / "ours.txt").resolve()
+    """A file beside the folder of all runs, to which a link of the run may lead; it must never change."""
+    folder = next(parent for parent in file.parents if parent.name == "runs").parent
+    if not (folder / OUTSIDE).exists():  # or what was done to it would not be seen
+        (folder / OUTSIDE).write_bytes(OURS)
+    return (folder / OUTSIDE).resolve()
 
 
 def choose(folder: Path, drawn: random.Random, without: frozenset[str]) -> Path | None:
@@ -142,7 +144,7 @@ def do(folder: Path, drawn: random.Random, without: frozenset[str] = frozenset()
     """Damages a file of the run as `drawn` has it; None where there is none, or it has gone meanwhile."""
     kind = drawn.choice([kind for kind in (*KINDS, SWAPPED, EXTRA, EXTRA) if kind not in without])
     file = choose(folder, drawn, without)
-    if file is None:
+    if file is None or (file.name == ".lock" and kind == "unreadable"):  # refused: another training may hold it
         return None
     try:
         return _do(kind, folder, file, drawn, without)

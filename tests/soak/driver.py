@@ -120,7 +120,7 @@ class _Run:
             self._fail(["the finished run does not end with 0"])
         try:
             found = list(final_problems(self.folder, self.unbroken, self.record, self.placed))
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, KeyError, RecursionError, zipfile.BadZipFile) as error:
             found = [f"what the finished run has left cannot be read: {error!r}"]
         self._fail(found, self.output.read_text(errors="replace"))
         self.soak.print(f"survived: {'; '.join(self.soak.history)}")
