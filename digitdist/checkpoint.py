@@ -31,7 +31,6 @@ from torch import Tensor
 from digitdist.config import Parser
 from digitdist.errors import EXIT_USER_ERROR, UserError
 from digitdist.files import MIB, parse_json, read_plain, remove, sync, write_synced
-from digitdist.files import atomic_write as atomic_write
 
 MANIFEST = "manifest.json"
 STATE = "state.json"

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from digitdist.checkpoint import atomic_write
+from digitdist.files import atomic_write
 from digitdist.runs.metrics import read_metrics
 from digitdist.runs.wandb_media import Media
 
