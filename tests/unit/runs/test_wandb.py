@@ -305,7 +305,7 @@ def test_each_offline_folder_has_the_whole_run_each_step_once_and_the_older_ones
         tracker.finish({"x": 1}, {"table": CHART})
         assert [step for step, _ in module.rows] == ([1, 2, 4, 6] if attempt == 0 else [1, 2, 4, 5, 6, 7])
         assert not older.exists()
-        truncate_metrics(tmp_path, 4)
+        truncate_metrics(tmp_path, 4, pytest.fail)
     assert module.rows[2][1].items() >= {"train/02": 2, "train/03": 3, "chart": CELLS}.items()
     assert [step for step, row in module.rows if "table" in row] == [7]
     assert module.summary == {"x": 1}
