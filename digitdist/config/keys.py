@@ -73,7 +73,7 @@ class Key:
             return "a mapping" if self.is_mapping else "a list of texts"
         kind = next(words for kind, words in KINDS.items() if self.takes(kind))
         bounds = [
-            f"{label} {bound:g}" if abs(bound) < 1e6 else f"{label} {int(bound)}"
+            f"{label} {bound:g}" if isinstance(bound, float) else f"{label} {bound}"
             for label, bound in (("at least", self.ge), ("above", self.gt), ("at most", self.le))
             if bound is not None
         ]

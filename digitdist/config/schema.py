@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 # Bounds beyond which a number is a slip: what is counted up to them fits into any integer and any time that is kept here.
-MANY, MANY_IMAGES, FAR = 10**12, 2**20, 1e9
+MANY, MANY_IMAGES, FAR, HUGE = 10**12, 2**20, 10**9, 1e30
 
 
 def key(
@@ -92,12 +92,12 @@ class OptimConfig:
     """The optimizer."""
 
     name: Literal["adam", "adamw", "sgd"] = key("adam", "optimizer")
-    lr: float = key(0.001, "learning rate, the peak of the schedule", gt=0, le=1e6)
-    weight_decay: float = key(0.0, "L2 penalty (adam, sgd) or decoupled decay (adamw)", ge=0, le=1e6)
+    lr: float = key(0.001, "learning rate, the peak of the schedule", gt=0, le=HUGE)
+    weight_decay: float = key(0.0, "L2 penalty (adam, sgd) or decoupled decay (adamw)", ge=0, le=HUGE)
     momentum: float = key(0.9, "momentum of sgd", ge=0, le=0.9999)
     beta1: float = key(0.9, "decay of Adam's first moment", ge=0, le=0.9999)
     beta2: float = key(0.999, "decay of Adam's second moment", ge=0, le=0.999999)
-    clip_norm: float = key(0.0, "largest L2 norm of a step's gradient; 0: no clipping", ge=0, le=1e12)
+    clip_norm: float = key(0.0, "largest L2 norm of a step's gradient; 0: no clipping", ge=0, le=HUGE)
     ema: float = key(0.0, "decay of the moving average of weights, which is then evaluated; 0: none", ge=0, le=0.999999)
 
 
@@ -151,7 +151,7 @@ class SyncConfig:
     )
     shards: int = key(8, "exact: fixed parts of a global batch, and the largest world size", ge=1, le=4096)
     every: int = key(50, "local: steps between two synchronisations", ge=1, le=MANY)
-    outer_lr: float = key(1.0, "local: rate of the outer step; 1 with outer_momentum=0 is plain averaging", gt=0, le=1e6)
+    outer_lr: float = key(1.0, "local: rate of the outer step; 1 with outer_momentum=0 is plain averaging", gt=0, le=HUGE)
     outer_momentum: float = key(0.5, "local: Nesterov momentum of the outer step", ge=0, le=0.9999)
     overlap: bool = key(False, "local: train on while ranks exchange; the outer step then comes one round late")
     compress: Literal["none", "bf16", "fp16", "powersgd"] = key("none", "ddp: compression of gradients, for slow links")
@@ -165,9 +165,9 @@ class SyncConfig:
         le=MANY,
         alters_result=False,
     )
-    join_timeout_s: float = key(600.0, "seconds to wait at the start for every rank", gt=0, le=1e6, alters_result=False)
+    join_timeout_s: float = key(600.0, "seconds to wait at the start for every rank", gt=0, le=10**6, alters_result=False)
     timeout_s: float = key(
-        300.0, "seconds after which a rank that does not answer ends the run", gt=0, le=1e6, alters_result=False
+        300.0, "seconds after which a rank that does not answer ends the run", gt=0, le=10**6, alters_result=False
     )
 
 

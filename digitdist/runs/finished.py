@@ -34,8 +34,8 @@ def is_finished(folder: Path, stored: Checkpoint, report: Callable[[str], None])
     if counts != (result.get("test_correct"), result.get("test_total")):
         report(f"{folder / PREDICTIONS} does not have the counts of {RESULT}; both are made again")
         return False
-    if not read_metrics(folder, report):
-        report(f"{folder / METRICS} has no line any more, and they cannot be made again")
+    if not any(event["step"] == stored.step for event in read_metrics(folder, report)[-1:]):
+        report(f"{folder / METRICS} lacks its last lines, which cannot be made again")
     return True
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,17 @@ class MetricsLog:
     def append(self, event: Mapping[str, Any]) -> None:
         self._pending += json.dumps(event).encode() + b"\n"
         self._write()
+
+    def flush(self) -> None:
+        """Has all lines on the disk.
+
+        Raises:
+            OSError: the disk does not take them.
+        """
+        self._write()
+        if self._pending:
+            raise OSError(errno.ENOSPC, f"the last lines of {METRICS} cannot be written before")
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         if not self._file.closed:

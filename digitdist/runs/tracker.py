@@ -26,6 +26,13 @@ class Tracker(Protocol):
     def finish(self, result: Mapping[str, Any], media: Mapping[str, Media] = NO_MEDIA, weights: Path | None = None) -> None:
         """Ends the tracking of a training that has a result; the file `weights` becomes an artifact of W&B's."""
 
+    def flush(self) -> None:
+        """Has all events in ``metrics.jsonl`` on the disk.
+
+        Raises:
+            OSError: the disk does not take them.
+        """
+
     def stop(self) -> None:
         """Ends the tracking of a training that was asked to stop, and goes on later."""
 
@@ -40,6 +47,9 @@ class NullTracker:
         pass
 
     def finish(self, result: Mapping[str, Any], media: Mapping[str, Media] = NO_MEDIA, weights: Path | None = None) -> None:
+        pass
+
+    def flush(self) -> None:
         pass
 
     def stop(self) -> None:
@@ -63,6 +73,9 @@ class RunTracker:
 
     def finish(self, result: Mapping[str, Any], media: Mapping[str, Media] = NO_MEDIA, weights: Path | None = None) -> None:
         self._end(lambda wandb: wandb.finish(result, media, weights))
+
+    def flush(self) -> None:
+        self._metrics.flush()
 
     def stop(self) -> None:
         self._end(WandbRun.stop)

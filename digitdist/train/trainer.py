@@ -13,10 +13,9 @@ from digitdist.data import Batch, TrainingSampler, prepare_loader
 from digitdist.distributed import Heartbeat, StopRequest, check_equal, peak_memory_mb, run_on_main, work_on_main
 from digitdist.errors import Fault, Stopped
 from digitdist.evaluate import Evaluation, chunked_loader, evaluate
-from digitdist.files import sync
 from digitdist.model_state import model_state
 from digitdist.optim import learning_rate, set_learning_rate
-from digitdist.runs import METRICS, Run
+from digitdist.runs import Run
 from digitdist.sync import StepStats, check_finite
 from digitdist.train.cadence import Cadence
 from digitdist.train.recorder import Recorder
@@ -223,8 +222,7 @@ class Trainer:
         best = folder_name(self.state.best["step"]) if self.state.best else None
         show = self.recorder.display.print
         try:
-            if (self.run.folder / METRICS).exists():
-                sync(self.run.folder / METRICS)  # so that no checkpoint is ahead of its lines, even if the host fails
+            self.recorder.tracker.flush()  # no checkpoint is ahead of its lines, even if the host fails
             write(self.run.checkpoints, stored, self.config.checkpoint.keep, best, lambda: self.phase("save"), show)
         except (OSError, DamagedCheckpoint) as error:
             return str(error)

@@ -34,7 +34,7 @@ def seeds(part: int, count: int) -> list[random.Random]:
     return [random.Random(f"{part} {number}") for number in range(count)]
 
 
-@pytest.mark.parametrize("part", [*range(3), *(pytest.param(part, marks=pytest.mark.slow) for part in range(3, 12))])
+@pytest.mark.parametrize("part", [*range(2), *(pytest.param(part, marks=pytest.mark.slow) for part in range(2, 12))])
 def test_a_configuration_is_taken_with_the_right_meaning_or_refused(place: Path, part: int):
     outcomes = [check(random_configuration(seed, place), place) for seed in seeds(part, 250)]
     assert min(map(outcomes.count, ("taken", "refused"))) >= 75

@@ -64,6 +64,19 @@ def test_a_full_disk_is_told_at_first_and_when_it_is_over(tmp_path: Path):
     assert [event["step"] for event in read_metrics(tmp_path)] == [*range(200)]
 
 
+def test_no_checkpoint_may_follow_lines_that_wait_for_room(tmp_path: Path):
+    tracker = RunTracker(tmp_path, None, lambda _: None)
+    file = tracker._metrics._file
+    with open("/dev/full", "ab", buffering=0) as full:
+        tracker._metrics._file = full
+        tracker.log({}, 1, 0)
+        with pytest.raises(OSError, match=r"the last lines of metrics\.jsonl cannot be written"):
+            tracker.flush()
+    tracker._metrics._file = file
+    tracker.flush()
+    assert [event["step"] for event in read_metrics(tmp_path)] == [1]
+
+
 def test_what_came_after_a_step_is_cut_off(tmp_path: Path):
     logged(tmp_path, 1, 2, 3, 4)
     truncate_metrics(tmp_path, 2, pytest.fail)
