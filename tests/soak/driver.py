@@ -181,7 +181,8 @@ class _Run:
             process.wait()
         self._take_in_openings()
         text = self.output.read_text(errors="replace")
-        temporary = [path.name for path in (self.place / "tmp").iterdir() if not path.name.startswith("torchelastic_")]
+        found = [path.name for path in (self.place / "tmp").iterdir()]
+        temporary = [name for name in found if "wandb" in name or "digitdist" in name]  # others are torch's
         attempt = Attempt(launch, done, code, text, seconds, intact, damage.intact_steps(self.folder), left, temporary)
         self._say(f"exit code {code}")
         if max(attempt.openings, default=LAST_STEP) < LAST_STEP:  # it trains again, after which these are new in any case
