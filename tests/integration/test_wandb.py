@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.launching import CLEAN, QUIET, ROOT, on_a_terminal, python, torchrun
-from helpers.runs import assert_same_run, result, wait_until
+from helpers.runs import assert_same_run, events, result, wait_until
 from helpers.wandb_server import Server, StoredRun, records, rows
 
 from digitdist.config import load_config
@@ -32,10 +32,11 @@ def steps_of(folder: Path) -> list[int]:
 
 
 def assert_all_at_server(run: StoredRun, folder: Path) -> None:
-    """The server has each step once, with all metrics of its lines, and the result."""
+    """The server has each step once, with all metrics of its lines but the wall time, which a step taken again has anew, and
+    the result."""
     assert run.steps == steps_of(folder)
     for row in run.rows:
-        lines = [event for event in read_metrics(folder) if event["step"] == row["step"]]
+        lines = [event for event in events(folder) if event["step"] == row["step"]]
         merged = {key: value for line in lines for key, value in line.items()}
         assert {key: row[key] for key in merged} == merged
     assert run.summary["weights_sha256"] == result(folder)["weights_sha256"]
