@@ -17,6 +17,7 @@ from PIL import Image
 
 from digitdist.data import Splits
 
+pytestmark = pytest.mark.timeout(400)
 ENV = {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
 TRAIN = (
     "-m",
