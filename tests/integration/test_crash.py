@@ -79,7 +79,7 @@ def test_a_signal_to_one_rank_stops_all(place: Path, unbroken: Path):
 
 @pytest.mark.slow
 def test_a_second_interrupt_stops_at_once(place: Path):
-    process = start(1, *EXACT, cwd=place, env=fault("slow rank=0 step=12 phase=update"))
+    process = start(1, *EXACT, cwd=place, env=fault("slow rank=0 step=11 phase=update"))  # which begins at once
     wait_for_step(place / "runs/a", 10, process)
     process.send_signal(signal.SIGINT)
     time.sleep(0.7)
