@@ -63,12 +63,16 @@ class Watched(Trainer):
     def _record(self, indices: Tensor, logits: Tensor, labels: Tensor) -> None:
         self.loss += F.cross_entropy(logits.detach().double(), labels, reduction="sum").item()
 
+    def _update(self) -> None:
+        self.before = [p.detach().clone() for p in self.state.model.parameters()]  # in local mode not as they were evaluated
+        super()._update()
+
     def train_step(self, batch: Batch) -> StepStats | None:
         model, count = self.state.model, self.order.batch_count(self.step)
-        before, self.loss = [p.detach().clone() for p in model.parameters()], 0.0
+        self.loss = 0.0
         stats = super().train_step(batch)
         optimizer = state_tensors(self.state.optimizer)
-        moved = [now.detach() - then for now, then in zip(model.parameters(), before, strict=True)]
+        moved = [now.detach() - then for now, then in zip(model.parameters(), self.before, strict=True)]
         self.steps.append(
             {
                 "loss": self.loss,  # the sum over this rank's images, in float64

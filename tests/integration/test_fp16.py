@@ -28,10 +28,10 @@ WORLDS = (1, 2)
 LAST, SAVED = 18, 9
 OVERFLOWS = (1, 5)  # on all ranks
 OVERFLOW_OF_ONE = 8  # on the last rank alone
-# The steps whose loss a line has: with sync.overlap it is that of the round before, unless ranks are made equal.
+# The steps whose loss a line has: with sync.overlap it is that of the round before, and of this one where ranks are made equal.
 ROUNDS = {
     "local": {end: (end - 2, end) for end in range(3, LAST + 1, 3)},
-    "overlap": {6: (1, 3), 9: (7, 9), 15: (10, 12), 18: (16, 18)},
+    "overlap": {6: (1, 3), 9: (7, 9), 12: (7, 9), 15: (10, 12), 18: (16, 18)},
 }
 MOMENTUM = [
     *("train.precision=fp16", "optim.name=sgd", "optim.lr=0.05", "optim.momentum=0.8", "optim.ema=0.9"),
