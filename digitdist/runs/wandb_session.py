@@ -94,6 +94,8 @@ class Session:
 
     def remove_older(self, place: Path) -> None:
         """Removes the folders of earlier offline sessions from `place`: this one has the whole run."""
+        if (place / "last-step").exists():
+            return  # they are an earlier version's, whose charts are nowhere else
         own = self.files.parent.name
         for older in place.glob("offline-run-*"):
             if older.name != own:
