@@ -25,7 +25,7 @@ def test_an_end_that_cannot_be_recorded_is_a_line_and_no_error(
     def refuse(folder: Path, content: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    attempts.write_attempts(tmp_path, [{"step": 0}])
+    attempts.write_attempts(tmp_path, [{"step": 0, "world_size": 1, "wandb_id": "x"}])
     monkeypatch.setattr(attempts, "write_attempts", refuse)
     attempts.record_end(tmp_path, fault="rank 1 was killed")
     assert "how this attempt ended is not recorded (No space left on device)" in capsys.readouterr().err
