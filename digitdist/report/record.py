@@ -138,7 +138,10 @@ def read_record(folder: Path) -> Record:
 
 def _read_config(file: Path) -> dict[str, Any]:
     read_plain(file, LARGEST)  # refuses what is none, a link too
-    return _flat(stored_values(file))
+    values = stored_values(file)
+    if not values:  # a training writes every key
+        raise ValueError("it holds no key")
+    return _flat(values)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
