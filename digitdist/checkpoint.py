@@ -295,3 +295,6 @@ if __name__ == "__main__":
         sys.exit(EXIT_USER_ERROR)
     except BrokenPipeError:  # whoever reads our output has seen enough, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # of the output: what cannot be read is told for each checkpoint
+        print(f"error: what is printed cannot be written: {error.strerror}; make room, or print it elsewhere", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)

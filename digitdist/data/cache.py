@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,8 +22,12 @@ VERSION = 1  # of how pictures are brought to their form: a new one makes all ca
 
 
 def cache_folder() -> Path:
-    """Where decoded images are kept: ``digitdist`` in XDG_CACHE_HOME or ``~/.cache``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "digitdist"
+    """Where decoded images are kept: ``digitdist`` in XDG_CACHE_HOME or ``~/.cache``; for a user without a home, in the
+    folder for temporary files."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "digitdist"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"digitdist-{os.getuid()}"
 
 
 def cached(name: str, key: str, make: Callable[[], Tensors]) -> Tensors:

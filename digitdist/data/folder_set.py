@@ -100,6 +100,8 @@ def _pictures(folder: str, name: str) -> list[tuple[str, tuple[int, int]]]:
         if entry.is_dir():
             found += _pictures(entry.path, below)
         elif f".{entry.name.rpartition('.')[2].lower()}" in SUFFIXES:
+            if not entry.is_file():
+                raise UserError(f"{entry.path} is not a file, or a link to nowhere; remove it, or put a picture there")
             status = entry.stat()
             found.append((below, (status.st_size, status.st_mtime_ns)))
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import os
 import signal
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from digitdist.distributed.launcher import end_restarting_launcher, follow_launcher
-from digitdist.distributed.output import make_expendable, take_all_characters
+from digitdist.distributed.output import ExpendableStream, make_expendable, take_all_characters
 from digitdist.errors import EXIT_FAULT, EXIT_STOPPED, EXIT_USER_ERROR, Fault, PeerFailed, Stopped, UserError
 from digitdist.world import is_main, print_main, under_torchelastic
 
@@ -36,6 +37,8 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     code = 0
     try:
         main()
+        if sys.stdout:
+            sys.stdout.flush()
     except UserError as error:
         _report_once_a_host(f"error: {error}")
         end_restarting_launcher()
@@ -54,8 +57,12 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     except Exception as error:
         if isinstance(error, Fault) and not is_main():
             _wait_for_launcher()
-        traceback.print_exc()
-        code = EXIT_FAULT
+        if _is_output_lost(error):
+            print("error: no space is left for what is printed; make room, or print it elsewhere", file=sys.stderr)
+            code = EXIT_USER_ERROR
+        else:
+            traceback.print_exc()
+            code = EXIT_FAULT
     leave(code)
 
 
@@ -85,8 +92,14 @@ def end_process(code: int) -> None:
         os._exit(code)
 
 
+def _is_output_lost(error: Exception) -> bool:
+    """Whether the output, a command's only product, goes to a full disk."""
+    full = isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None
+    return full and not isinstance(sys.stdout, ExpendableStream)
+
+
 def _flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # one that was closed at the start is None
         with contextlib.suppress(OSError):  # nobody reads it any more
             stream.flush()
 

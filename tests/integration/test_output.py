@@ -51,8 +51,22 @@ def test_what_a_terminals_encoding_lacks_is_written_as_an_escape(place: Path):
     assert result(place / "runs/zahl-π")["steps"] == 12
 
 
-def test_a_command_whose_only_product_is_what_it_prints_ends_with_0_where_nobody_reads_on(place: Path):
+@pytest.mark.parametrize(
+    ("end", "code", "said"),
+    [
+        ("| true", 0, ""),
+        (">&-", 0, ""),
+        (
+            "> /dev/full",
+            2,
+            "error: no space is left for what is printed; make room, or print it elsewhere\n",
+        ),
+    ],
+)
+def test_a_command_whose_only_product_is_what_it_prints_ends_with_0_where_nobody_reads_on(
+    place: Path, end: str, code: int, said: str
+):
     command = shlex.join([sys.executable, "-m", "digitdist.data", "data.name=mnist"])
-    shell = ["bash", "-o", "pipefail", "-c", f"{command} | true"]
+    shell = ["bash", "-o", "pipefail", "-c", f"{command} {end}"]
     done = subprocess.run(shell, cwd=place, env=CLEAN, capture_output=True, text=True, timeout=100)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (code, said)

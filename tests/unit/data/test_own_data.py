@@ -110,6 +110,16 @@ def test_a_cache_that_cannot_be_written_is_said_and_done_without(
     assert "cannot be kept in /proc/nowhere/digitdist" in capfd.readouterr().out
 
 
+def test_what_is_no_file_is_named_and_not_waited_for(folder: Path):
+    (folder / "train/digit 0/link.png").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"link\.png is not a file, or a link to nowhere"):
+        load("data.name=folder", f"data.root={folder}")
+    (folder / "train/digit 0/link.png").unlink()
+    os.mkfifo(folder / "train/digit 0/pipe.png")
+    with pytest.raises(UserError, match=r"pipe\.png is not a file"):
+        load("data.name=folder", f"data.root={folder}")
+
+
 def test_every_bad_file_is_named_once(folder: Path):
     bad = [folder / "train/digit 1/no.png", folder / "train/digit 3/short.png", folder / "test/digit 2/blank.png"]
     bad[0].write_bytes(b"no picture")
