@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -39,7 +38,7 @@ class MetricsLog:
         """
         self._write()
         if self._pending:
-            raise OSError(errno.ENOSPC, f"the last lines of {METRICS} cannot be written before")
+            raise OSError(f"the lines of {METRICS} before it do not fit the disk")
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
