@@ -108,7 +108,8 @@ def test_what_goes_to_wandb_and_what_a_sync_sends_of_it(with_server: Server, pla
         Path(name).name.partition("_table")[0].partition("_mistakes")[0] for name in with_server.run.files if "media" in name
     }
     assert tables == {"confusion", "worst"}
-    assert any('"type": "model"' in json.dumps(artifact) or "model" in artifact.values() for artifact in with_server.artifacts)
+    kinds = {given["input"]["artifactCollectionName"]: given["input"]["artifactTypeName"] for given in with_server.artifacts}
+    assert kinds["a-weights"] == "model"
 
 
 @pytest.fixture(scope="module")
