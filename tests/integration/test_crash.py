@@ -14,6 +14,7 @@ import psutil
 import pytest
 from helpers.launching import BIN, CLEAN, QUIET, ROOT, accelerate, python, run, start_process, torchrun
 from helpers.runs import ask_to_stop, assert_same_run, attempts, events, result, wait_for_phase, wait_for_step
+from helpers.variants import soak
 
 from digitdist.checkpoint import folders
 
@@ -48,7 +49,7 @@ def start(processes: int, *arguments: str, cwd: Path, env: dict[str, str] | None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP", "STOP"])
+@pytest.mark.parametrize("name", ["SIGTERM", soak("SIGINT"), soak("SIGUSR1"), soak("SIGUSR2"), "SIGHUP", "STOP"])
 def test_a_stop_saves_and_ends_with_75_and_the_same_command_goes_on(place: Path, unbroken: Path, name: str):
     process = start(1, *EXACT, cwd=place)
     wait_for_step(place / "runs/a", 10, process)
@@ -95,8 +96,8 @@ def test_a_second_interrupt_stops_at_once(place: Path):
 @pytest.mark.parametrize(
     ("kind", "phase", "step"),
     [
-        *(("kill", "forward", 30), ("kill", "save", 40), ("raise", "sync", 30)),
-        *(("freeze", "backward", 30), ("freeze", "eval", 60), ("freeze", "save", 40)),
+        *(("kill", "forward", 30), soak("kill", "save", 40), ("raise", "sync", 30)),
+        *(soak("freeze", "backward", 30), ("freeze", "eval", 60), soak("freeze", "save", 40)),
     ],
 )
 def test_a_rank_that_ends_is_named_and_ends_the_others(place: Path, unbroken: Path, kind: str, phase: str, step: int):
@@ -122,8 +123,8 @@ BLOCKED = ("block rank=0 step=30 phase=sync", "block rank=2 step=30 phase=sync")
     ("faults", "reported", "within"),
     [
         ([*BLOCKED, "kill rank=1 step=30 phase=sync"], "rank 1 was killed at step 30, phase sync", 5),
-        ([*BLOCKED, "raise rank=1 step=30 phase=sync"], "rank 1 raised an error at step 30, phase sync", 5),
-        ([*BLOCKED, "freeze rank=1 step=30 phase=sync"], "rank 1 is frozen at step 30, phase sync", 5 + 5),
+        soak([*BLOCKED, "raise rank=1 step=30 phase=sync"], "rank 1 raised an error at step 30, phase sync", 5),
+        soak([*BLOCKED, "freeze rank=1 step=30 phase=sync"], "rank 1 is frozen at step 30, phase sync", 5 + 5),
         ([*BLOCKED, "block rank=1 step=30 phase=forward"], "rank 1 did not answer, last seen at step 30, phase forward", 5 + 5),
         (["block rank=1 step=30 phase=forward"], "rank 1 did not answer, last seen at step 30, phase forward", 5 + 5),
     ],
@@ -159,7 +160,7 @@ def test_a_signal_is_heard_while_the_main_thread_waits_in_cpp(place: Path):
     assert time.monotonic() - began < 2
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(300)
 def test_a_run_killed_three_times_ends_as_the_unbroken_one_on_other_worlds(place: Path, tmp_path_factory):
     """The whole process group with -9, and the run resumed on 2, 1, 3 and 2 processes."""
@@ -177,7 +178,7 @@ def test_a_run_killed_three_times_ends_as_the_unbroken_one_on_other_worlds(place
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate launch"])
+@pytest.mark.parametrize("launcher", ["torchrun", soak("accelerate launch")])
 def test_a_launcher_brings_a_killed_run_back(place: Path, unbroken: Path, launcher: str):
     env = fault("kill rank=1 step=30 phase=backward")
     if launcher == "torchrun":
@@ -231,7 +232,7 @@ def test_a_file_stop_also_ends_a_launcher_that_would_restart(place: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("file", ["model.safetensors", *map(soak, ("optimizer.safetensors", "state.json", "manifest.json"))])
 def test_a_damaged_checkpoint_is_said_and_skipped(place: Path, unbroken: Path, file: str):
     assert python(*EXACT, "train.max_steps=40", cwd=place).code == 0
     newest = folders(place / "runs/a/checkpoints")[-1]
@@ -278,10 +279,10 @@ FOCUS = ("data.focus=4", "data.validation=50000", "data.batch_size=700", "train.
 @pytest.mark.parametrize(
     ("world_size", "options"),
     [
-        (1, ("checkpoint.every_steps=0",)),
+        soak(1, ("checkpoint.every_steps=0",)),
         (3, ("checkpoint.every_steps=0", *FOCUS)),
-        (2, ("checkpoint.every_steps=0", "sync.compress=powersgd")),
-        (2, ("checkpoint.every_steps=0", "sync.mode=local", "sync.every=10", *FOCUS)),
+        soak(2, ("checkpoint.every_steps=0", "sync.compress=powersgd")),
+        soak(2, ("checkpoint.every_steps=0", "sync.mode=local", "sync.every=10", *FOCUS)),
         (2, ("checkpoint.every_steps=0", "sync.mode=local", "sync.every=5", "sync.overlap=true")),
     ],
 )

@@ -22,6 +22,7 @@ import pytest
 import yaml
 from helpers.launching import BIN, CLEAN, QUIET, ROOT, python, run
 from helpers.runs import assert_same_run, reached, result, wait_until
+from helpers.variants import soak
 
 FOLDER = ROOT / "launch/kubernetes"
 DOCUMENTS = {
@@ -316,7 +317,7 @@ def pods(request: pytest.FixtureRequest, place: Path) -> Iterator[Pods]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("pods", PODS, indirect=True)
+@pytest.mark.parametrize("pods", [soak("job"), "trainjob"], indirect=True)
 def test_two_pods_train_as_one_process_does(pods: Pods, unbroken: Path):
     assert pods.wait(150) == [0, 0], pods.log(0) + pods.log(1)
     assert "world size 2: 2 processes, on several hosts" in pods.log(0)
@@ -330,7 +331,7 @@ def test_two_pods_train_as_one_process_does(pods: Pods, unbroken: Path):
     ("pods", "lost", "what"),
     [
         ("job", 0, "pod"),
-        *(pytest.param(*case, marks=pytest.mark.soak) for case in (("job", 1, "pod"), ("trainjob", 1, "worker"))),
+        *(soak("job", 1, "pod"), soak("trainjob", 1, "worker")),
     ],
     indirect=["pods"],
 )
@@ -345,9 +346,7 @@ def test_a_pod_killed_midway_is_started_again_and_the_run_goes_on(pods: Pods, un
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize(
-    ("pods", "drained"), [pytest.param("job", [1], marks=pytest.mark.soak), ("trainjob", [0, 1])], indirect=["pods"]
-)
+@pytest.mark.parametrize(("pods", "drained"), [soak("job", [1]), ("trainjob", [0, 1])], indirect=["pods"])
 def test_sigterm_saves_within_the_grace_period_and_the_next_pods_go_on(pods: Pods, unbroken: Path, drained: list[int]):
     """To one pod or to all: all of them end, since each step takes every rank."""
     pods.wait_for_step(12)

@@ -14,6 +14,7 @@ import pytest
 from helpers.data_sets import write_folder
 from helpers.launching import BIN, CLEAN, QUIET, ROOT, python, torchrun
 from helpers.runs import assert_same_run, reached, result, wait_until
+from helpers.variants import soak
 
 from digitdist.data import Splits
 
@@ -41,7 +42,7 @@ def test_a_streamed_class_gives_the_same_weights_for_any_number_of_workers_and_p
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("data", [FOLDER, (*JITTERED, "data.workers=1")], ids=["a folder", "a streamed class"])
+@pytest.mark.parametrize("data", [soak(FOLDER), (*JITTERED, "data.workers=1")], ids=["a folder", "a streamed class"])
 def test_a_killed_run_on_own_images_ends_as_the_unbroken_one(
     tmp_path: Path, splits: Splits, env: dict[str, str], data: tuple[str, ...]
 ):
@@ -61,7 +62,7 @@ def test_a_killed_run_on_own_images_ends_as_the_unbroken_one(
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", [signal.SIGTERM, soak(signal.SIGUSR1)], ids=lambda number: number.name)
 def test_workers_leave_a_request_to_stop_to_their_rank(tmp_path: Path, env: dict[str, str], number: signal.Signals):
     options = (*TRAIN, *JITTERED, "data.workers=2", "train.epochs=1000", "run.name=a")
     process = subprocess.Popen(
@@ -79,7 +80,7 @@ def test_workers_leave_a_request_to_stop_to_their_rank(tmp_path: Path, env: dict
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("data", "class_name"),
-    [(FOLDER, "digit 3"), (("data.target=helpers.data_sets.Blocks",), "middle")],
+    [(FOLDER, "digit 3"), soak(("data.target=helpers.data_sets.Blocks",), "middle")],
     ids=["folder", "class"],
 )
 def test_own_images_give_the_same_weights_in_memory_and_streamed_and_every_command_works(

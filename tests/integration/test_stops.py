@@ -16,6 +16,7 @@ import pytest
 from filelock import FileLock, Timeout
 from helpers.launching import BIN, CLEAN, QUIET, python, start_process, torchrun
 from helpers.runs import attempts, reached, result, wait_for_step, wait_until
+from helpers.variants import soak
 
 from digitdist.checkpoint import folders
 
@@ -46,7 +47,9 @@ def is_saved(run: Path) -> bool:
     return bool(attempts(run)[-1].get("stopped")) and len(folders(run / "checkpoints")) == 1
 
 
-@pytest.mark.parametrize(("launcher", "name"), [("accelerate", "SIGUSR1"), ("accelerate", "SIGKILL"), ("torchrun", "SIGKILL")])
+@pytest.mark.parametrize(
+    ("launcher", "name"), [("accelerate", "SIGUSR1"), soak("accelerate", "SIGKILL"), ("torchrun", "SIGKILL")]
+)
 def test_a_training_ends_saved_with_its_launcher(place: Path, launcher: str, name: str):
     process = start_process(launched(launcher, *ENDLESS), place, CLEAN)
     wait_for_step(place / "runs/a", 5, process)

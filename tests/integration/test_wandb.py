@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from helpers.launching import CLEAN, QUIET, ROOT, on_a_terminal, python, torchrun
 from helpers.runs import assert_same_run, events, result, wait_until
+from helpers.variants import soak
 from helpers.wandb_server import Server, StoredRun, records, rows
 
 from digitdist.config import load_config
@@ -157,8 +158,8 @@ def test_without_a_server_nothing_is_lost(mode: str, env: dict[str, str], place:
 @pytest.mark.parametrize(
     ("manner", "when"),
     [
-        *(("hang", "start"), ("fail", "after"), ("close", "after")),
-        *(pytest.param(*case, marks=pytest.mark.soak) for case in (("hang", "after"), ("fail", "start"), ("close", "start"))),
+        *(("hang", "start"), ("fail", "after"), soak("close", "after")),
+        *(soak("hang", "after"), soak("fail", "start"), soak("close", "start")),
     ],
 )
 def test_a_server_that_misbehaves_changes_nothing_and_what_is_promised_for_later_is_there(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from helpers.launching import QUIET, ROOT, Outcome, accelerate, python, torchrun
 from helpers.runs import events, only_run, result
+from helpers.variants import soak
 
 from digitdist.runs import read_metrics
 
@@ -111,8 +112,8 @@ OPTIONS = {
         *("schedule.name=onecycle", "augment.rotate=10", "augment.scale=0.1", "train.accumulate=2", "data.batch_size=1001"),
         *("train.label_smoothing=0.1", "train.max_steps=8", "train.log_every=1", "data.validation=500", "sync.check_every=3"),
     ),
-    "batches of 7000, sgd, focused": (
-        *("data.batch_size=7000", "train.epochs=2", "optim.name=sgd", "optim.lr=0.05", "train.log_every=1", "data.focus=4"),
+    "batches of 7000, sgd, focused": soak(
+        ("data.batch_size=7000", "train.epochs=2", "optim.name=sgd", "optim.lr=0.05", "train.log_every=1", "data.focus=4")
     ),
 }
 
@@ -148,7 +149,7 @@ def test_exact_takes_no_more_processes_than_shards(place: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["ddp", "exact"])
+@pytest.mark.parametrize("mode", ["ddp", soak("exact")])
 def test_a_slow_rank_is_named(place: Path, mode: str):
     (place / "slow.py").write_text(
         "import os, time\nfrom digitdist.models import Cnn\nclass Net(Cnn):\n  def forward(self, images):\n"
@@ -166,7 +167,7 @@ def test_a_slow_rank_is_named(place: Path, mode: str):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("compress", ["bf16", pytest.param("fp16", marks=pytest.mark.soak), "powersgd"])
+@pytest.mark.parametrize("compress", [soak("bf16"), soak("fp16"), "powersgd"])
 def test_a_compressed_run_has_equal_ranks_an_exact_loss_and_nearly_the_accuracy(place: Path, compress: str):
     options = ("data.batch_size=500", "train.epochs=1", "train.log_every=1", "sync.check_every=1")
     for name, extra in (("plain", []), ("compressed", [f"sync.compress={compress}"])):
