@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import tempfile
@@ -16,6 +15,7 @@ from filelock import FileLock, Timeout
 
 from digitdist.checkpoint import folder_name
 from digitdist.errors import UserError, in_one_line
+from digitdist.files import parse_json, read_plain
 from digitdist.runs.attempts import read_attempts
 from digitdist.runs.folder import RESULT
 from digitdist.runs.wandb_record import read_options, stored_rows
@@ -53,7 +53,7 @@ def sync_wandb(folder: Path, report: Callable[[str], None]) -> None:
         import wandb
 
         try:
-            report(f"{folder}: {_send(wandb, folder, place, options)}")
+            report(f"{folder}: {_send(wandb, folder, place, options, report)}")
         except UserError:
             raise
         except Exception as error:  # wandb raises all kinds
@@ -98,8 +98,8 @@ def _own_environment() -> Iterator[Path]:
         os.environ.update(before)
 
 
-def _send(wandb: Any, folder: Path, place: Path, options: Mapping[str, Any]) -> str:
-    """Sends the run, and returns what was sent.
+def _send(wandb: Any, folder: Path, place: Path, options: Mapping[str, Any], report: Callable[[str], None]) -> str:
+    """Sends the run, and returns what was sent; `report` gets a line where damage is left out.
 
     Raises:
         UserError: the server does not show that it has it.
@@ -107,7 +107,7 @@ def _send(wandb: Any, folder: Path, place: Path, options: Mapping[str, Any]) -> 
     unsent = folder / "wandb" / UNSENT
     if not unsent.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"{unsent} leads out of the run's folder; remove that link")
-    rows, result = stored_rows(folder), _read_result(folder)
+    rows, result = stored_rows(folder, report), _read_result(folder)
     attempts = read_attempts(folder)
     stopped = not result and bool(attempts) and bool(attempts[-1].get("stopped"))
     weights, lost = _weights_file(folder, options.get("config") or {}, result)
@@ -150,8 +150,8 @@ def _missing(wandb: Any, path: str, last_step: int, weights_sha256: str | None, 
 def _read_result(folder: Path) -> dict[str, Any]:
     """What ``result.json`` holds; nothing where the run has not ended, or the file is damaged."""
     try:
-        result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        result = parse_json(read_plain(folder / RESULT))
+    except (OSError, ValueError):
         return {}
     return result if isinstance(result, dict) else {}
 
