@@ -109,3 +109,12 @@ def test_thousands_of_attempts_or_classes_are_a_few_artists(run: Path):
         (run / "data_set.json").write_text(json.dumps(data))
         figure = plot_confusion(read_record(run)).figure
         assert (figure and len(figure.axes[0].get_xticks())) == shown
+
+
+def test_a_class_that_has_a_folders_name_of_any_bytes_is_drawn(run: Path):
+    data = json.loads((run / "data_set.json").read_text())
+    (run / "data_set.json").write_text(
+        json.dumps(data | {"classes": ["\udcff", "\x1b[31m", "$\\frac{$", *data["classes"][3:]]})
+    )
+    report.write_report(run)
+    assert (run / "plots/confusion.png").exists()
