@@ -18,6 +18,7 @@ from digitdist.errors import UserError, in_one_line
 from digitdist.files import parse_json, read_plain
 from digitdist.runs.attempts import read_attempts
 from digitdist.runs.folder import RESULT
+from digitdist.runs.metrics import METRICS
 from digitdist.runs.wandb_record import read_options, stored_rows
 from digitdist.runs.wandb_server import why_offline
 from digitdist.runs.wandb_session import Session, prepare_environment, remove_service_folder
@@ -111,6 +112,8 @@ def _send(wandb: Any, folder: Path, place: Path, options: Mapping[str, Any], rep
     attempts = read_attempts(folder)
     stopped = not result and bool(attempts) and bool(attempts[-1].get("stopped"))
     weights, lost = _weights_file(folder, options.get("config") or {}, result)
+    if are_lines_lost(rows, result):
+        report(f"{folder / METRICS} lacks its last lines, which W&B does not get either")
     session = Session(wandb, place, "online", options, SETTINGS)
     path, url = session.run.path, session.run.url
     session.replay(rows)
@@ -126,6 +129,12 @@ def _send(wandb: Any, folder: Path, place: Path, options: Mapping[str, Any], rep
     parts = [f"{session.num_rows} of {len(rows)} steps", f"{session.num_media} charts and tables"]
     parts += ["the result"] * bool(result) + ["the weights"] * bool(weights)
     return f"sent {', '.join(parts)}; W&B has every step{f' ({lost})' if lost else ''}: {url}"
+
+
+def are_lines_lost(rows: Mapping[int, tuple[Mapping[str, Any], Any]], result: Mapping[str, Any]) -> bool:
+    """Whether a run that has ended has no metrics of its last step: charts may be there without them."""
+    last = max((step for step, (metrics, _) in rows.items() if metrics), default=-1)
+    return isinstance(result.get("steps"), int) and last < result["steps"]
 
 
 def _missing(wandb: Any, path: str, last_step: int, weights_sha256: str | None, unsent: Path) -> str | None:

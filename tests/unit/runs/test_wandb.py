@@ -27,6 +27,7 @@ from digitdist.runs.wandb_run import WandbRun
 from digitdist.runs.wandb_server import has_wandb_key, wandb_mode
 from digitdist.runs.wandb_session import Session
 from digitdist.runs.wandb_settings import chosen_mode, init_options
+from digitdist.runs.wandb_sync import are_lines_lost
 
 NAMES = ("PROJECT", "NAME", "TAGS", "ENTITY", "RUN_GROUP", "NOTES", "RUN_ID", "DISABLED", "CONFIG_DIR", "DIR", "JOB_TYPE")
 
@@ -471,6 +472,15 @@ def test_nothing_but_plain_files_is_waited_for(name: str, tmp_path: Path):
 
 
 # Sending later
+
+
+def test_metrics_that_are_lost_are_noticed_though_their_charts_are_there(tmp_path: Path):
+    begin_record(tmp_path, "id", {"name": "a"})
+    keep_media(tmp_path, 4, {"chart": CHART})
+    assert are_lines_lost(stored_rows(tmp_path), {"steps": 4})
+    assert not are_lines_lost(stored_rows(tmp_path), {})
+    RunTracker(tmp_path, None, print).log({"train/loss": 1.0}, 4, 0.0)
+    assert not are_lines_lost(stored_rows(tmp_path), {"steps": 4})
 
 
 def test_a_sync_without_anything_to_send_or_a_key_is_refused(tmp_path: Path):
