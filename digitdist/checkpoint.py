@@ -23,13 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from digitdist.config import Parser
-from digitdist.errors import EXIT_USER_ERROR, UserError
+from digitdist.errors import EXIT_USER_ERROR, UserError, in_one_line
 from digitdist.files import MIB, parse_json, read_plain, remove, sync, write_synced
 
 MANIFEST = "manifest.json"
@@ -141,7 +140,7 @@ def prune(parent: Path, keep: int, best: str | None = None) -> None:
         return
     for folder in folders(parent):
         if step_of(folder) < step_of(good[-keep]) and folder.name != best:
-            shutil.rmtree(folder)
+            remove(folder)  # which may be a file or a link
 
 
 def folders(parent: Path) -> list[Path]:
@@ -186,9 +185,9 @@ def read(folder: Path) -> Checkpoint:
     try:
         state = parse_json(files.pop(STATE))
         tensors = {name.removesuffix(".safetensors"): safetensors.torch.load(data) for name, data in files.items()}
-    except (ValueError, safetensors.SafetensorError) as error:
-        raise DamagedCheckpoint(f"{folder}: not a checkpoint of this program ({error})") from None
-    if not isinstance(state, dict) or type(state.get("step")) is not int or "model" not in tensors:
+    except Exception as error:  # safetensors raises anything where somebody has made a sum for what is none
+        raise DamagedCheckpoint(f"{folder}: not a checkpoint of this program ({in_one_line(error)})") from None
+    if not isinstance(state, dict) or type(state.get("step")) is not int or state["step"] < 0 or "model" not in tensors:
         raise DamagedCheckpoint(f"{folder}: not a checkpoint of this program (it has no step, or no model)")
     return Checkpoint(tensors, state, folder)
 
@@ -233,13 +232,13 @@ def _read_verified(folder: Path) -> dict[str, bytes]:
     try:
         files = parse_json(_read(folder / MANIFEST, LARGEST_MANIFEST))["files"]
         expected = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):  # of a size that is infinite
         raise DamagedCheckpoint(f"{folder}/{MANIFEST}: not a manifest") from None
     data = {}
     for name, (size, sha256) in expected.items():
         path = folder / name
-        if path.name != name:
-            raise DamagedCheckpoint(f"{folder}/{MANIFEST}: {name} is not a name in this folder")
+        if path.name != name or not name.isprintable():
+            raise DamagedCheckpoint(f"{folder}/{MANIFEST}: {name!r} is not a name in this folder")
         data[name] = _read(path, min(size, psutil.virtual_memory().available))
         if len(data[name]) != size:
             raise DamagedCheckpoint(f"{path}: {len(data[name])} bytes, {size} were written")

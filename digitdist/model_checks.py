@@ -211,7 +211,7 @@ def _train_once(
     model.train().zero_grad()
     seed_generators(seed, CPU)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        logits = model(pixels)
+        logits = model(pixels.clone())  # which a network may change in place, as it may those of a training
         _check_output(logits, len(pixels), num_classes, "in training")
         loss = F.cross_entropy(logits.float(), labels, reduction="sum")
     if not loss.requires_grad:
@@ -231,7 +231,7 @@ def _evaluate_once(model: nn.Module, pixels: Tensor, num_classes: int, bf16: boo
     seed_generators(0, CPU)
     saved = SavedBuffers(model)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        logits = model(pixels)
+        logits = model(pixels.clone())  # which a network may change in place, as it may those of a training
         _check_output(logits, len(pixels), num_classes, "in evaluation")
     saved.restore()
     return logits.float()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from digitdist.config import DataConfig, Parser, load_config
+from digitdist.config import DataConfig, Parser, load_config, shown
 from digitdist.data.datasets import ImageSet, Splits, spread
 from digitdist.data.loading import SAMPLE, load_splits
 from digitdist.data.transforms import displayable
@@ -24,7 +24,7 @@ PLOTTED = 20  # classes in a picture of samples
 def describe(config: DataConfig, splits: Splits) -> str:
     """Splits, counts, shapes, classes, mean and deviation, as lines of text."""
     classes = splits.info.classes
-    lines = [f"{splits.info.name} in {config.root}: classes {', '.join(classes)}"]
+    lines = [f"{shown(splits.info.name)} in {config.root}: classes {', '.join(map(shown, classes))}"]
     for name, images in (("train", splits.train), ("validation", splits.validation), ("test", splits.test)):
         if not len(images):
             continue
@@ -59,14 +59,19 @@ def plot(splits: Splits, file: str) -> None:
             axis.spines[:].set_visible(False)
         for axis, image in zip(row, displayable(seen.images[positions]), strict=False):
             axis.imshow(image, cmap="gray_r" if info.image == "mnist" else "gray", vmin=0, vmax=255)
-        row[0].set_ylabel(classes[label], rotation=0, ha="right", va="center")
-    figure.suptitle(f"{info.name}: {len(splits.train):,} training images, ten of each class", fontsize=10)
+        row[0].set_ylabel(_drawable(classes[label]), rotation=0, ha="right", va="center")
+    figure.suptitle(f"{_drawable(info.name)}: {len(splits.train):,} training images, ten of each class", fontsize=10)
     try:
         content = io.BytesIO()
         figure.savefig(content, dpi=120, format=Path(file).suffix[1:] or "png")
         atomic_write(Path(file), content.getvalue())
     except (OSError, ValueError) as error:
         raise UserError(f"--plot {file}: {error}; give a file such as samples.png in a folder you can write to") from None
+
+
+def _drawable(name: str) -> str:
+    """A name, which may be a folder's and so any bytes, as text that matplotlib draws as it is."""
+    return shown(name).replace("$", r"\$")
 
 
 def main() -> None:

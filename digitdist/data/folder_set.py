@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from digitdist.config import shown
 from digitdist.data.forms import picture_form
 from digitdist.data.info import DataSetInfo
 from digitdist.data.picture import SUFFIXES, open_picture, read_picture
@@ -43,7 +44,8 @@ class FolderItems:
 
     def sha256(self) -> str:
         """Over what the images are made from: names, sizes and times of the files, classes, and the form of an image."""
-        digest = hashlib.sha256("\0".join([str(self.folder.resolve()), self.info.to_json(), *self.names]).encode())
+        names = "\0".join([str(self.folder.resolve()), self.info.to_json(), *self.names])
+        digest = hashlib.sha256(names.encode(errors="surrogateescape"))  # a file's name may be any bytes
         digest.update(np.array([self.labels, *zip(*self.stamps, strict=True)], dtype=np.int64).tobytes())
         return digest.hexdigest()
 
@@ -97,11 +99,14 @@ def _pictures(folder: str, name: str) -> list[tuple[str, tuple[int, int]]]:
     found = []
     for entry in _entries(Path(folder)):
         below = f"{name}/{entry.name}"
-        if entry.is_dir():
-            found += _pictures(entry.path, below)
-        elif f".{entry.name.rpartition('.')[2].lower()}" in SUFFIXES:
-            if not entry.is_file():
-                raise UserError(f"{entry.path} is not a file, or a link to nowhere; remove it, or put a picture there")
-            status = entry.stat()
-            found.append((below, (status.st_size, status.st_mtime_ns)))
+        try:
+            if entry.is_dir():
+                found += _pictures(entry.path, below)
+            elif f".{entry.name.rpartition('.')[2].lower()}" in SUFFIXES:
+                if not entry.is_file():
+                    raise UserError(f"{entry.path} is not a file, or a link to nowhere; remove it, or put a picture there")
+                status = entry.stat()
+                found.append((below, (status.st_size, status.st_mtime_ns)))
+        except OSError as error:  # as where links lead in a circle
+            raise UserError(f"{shown(entry.path)}: {error.strerror}; remove it") from None
     return found

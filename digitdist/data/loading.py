@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def _load_folder(config: DataConfig) -> tuple[AnySet, AnySet, DataSetInfo]:
     sets, mistakes = [], list[str]()
     for split in ("train", "test"):
         items = open_folder(root, split, plain)
-        name = f"{split}-{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]}"
+        name = f"{split}-{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}"
 
         def make(items: Any = items, split: str = split) -> dict[str, Tensor]:
             images, labels = read_all(items, len(items), plain.raw_shape, plain.num_classes, _workers(config), split)

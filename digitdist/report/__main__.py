@@ -38,7 +38,8 @@ def main() -> None:
             pages.append(arguments.output or Path("comparison.html"))
             write_comparison(folders, pages[-1])
     except OSError as error:
-        raise UserError(f"{error.filename}: {error.strerror}; give a place that you can write to") from None
+        where = error.filename or "what a report writes"  # a full disk has no name
+        raise UserError(f"{where}: {error.strerror}; make room, or give a place that you can write to") from None
     for page in pages:  # at the end, since whoever reads this may stop before
         print(page, flush=True)
 

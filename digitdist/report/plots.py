@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 NUM_BINS = 15  # of the calibration
 NUM_MISTAKES, MISTAKES_A_ROW = 36, 6
 MAX_COUNTED = 25  # classes whose counts can be read in the confusion matrix
+MAX_NAMED, MAX_PLOTTED = 100, 1000  # classes that it names, each at most some seconds of layout, and that it shows
 # Okabe and Ito's colours, which colour-blind people can tell apart, without the yellow that is faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 BLUE, VERMILION, GREEN = COLOURS[0], COLOURS[1], COLOURS[2]
@@ -99,6 +100,8 @@ def plot_confusion(record: Record) -> Plot:
     """How often each class was predicted as each other; only mistakes are coloured, which the diagonal would outshine."""
     if record.predictions is None:
         return Plot("Confusion", "", "No predictions yet.")
+    if len(record.classes) > MAX_PLOTTED:
+        return Plot("Confusion", "", f"No picture, since there are {len(record.classes):,} classes.")
     counts = record.predictions.confusion
     mistakes = np.where(np.eye(len(counts), dtype=bool), 0, counts)
     figure = _figure(5.6)
@@ -108,9 +111,11 @@ def plot_confusion(record: Record) -> Plot:
         dark = mistakes[row, column] > 0.6 * mistakes.max()
         colour = "white" if dark and row != column else "#222222" if count else "#bbbbbb"
         axis.text(column, row, f"{count}", ha="center", va="center", color=colour, weight="bold" if row == column else None)
-    long = max(map(len, record.classes)) > 3
-    axis.set_xticks(range(len(counts)), record.classes, rotation=45 if long else 0, ha="right" if long else "center")
-    axis.set_yticks(range(len(counts)), record.classes)
+    named = range(0, len(counts), -(-len(counts) // MAX_NAMED))
+    names = [record.classes[number] for number in named]
+    long = max(map(len, names)) > 3
+    axis.set_xticks(named, names, rotation=45 if long else 0, ha="right" if long else "center")
+    axis.set_yticks(named, names)
     axis.set(xlabel="predicted class", ylabel="true class")
     axis.grid(False)
     caption = "Test images by true and predicted class. The darker, the more frequent a mistake; the diagonal is right."
@@ -211,13 +216,18 @@ def _plot_scores(loss: Axes, accuracy: Axes, record: Record, split: str, label: 
 
 
 def _plot_attempts(panels: Any, record: Record) -> None:
-    for number, attempt in enumerate(record.attempts):
-        steps, size = [attempt["step"], record.reached(number)], attempt["world_size"]
-        panels[1].plot(steps, [size, size], color=GREEN, lw=3, marker="|")
-        for panel in panels if number else ():
-            panel.axvline(attempt["step"], color=GREY, ls="--", lw=1)
-    sizes = sorted({attempt["world_size"] for attempt in record.attempts})
-    panels[1].set(ylabel="world size", yticks=sizes, ylim=(0, sizes[-1] + 1))
+    """One artist for all attempts, of which a file may name thousands."""
+    attempts = record.attempts
+    first, size = [a["step"] for a in attempts], [a["world_size"] for a in attempts]
+    last = [record.reached(number) for number in range(len(attempts))]
+    panels[1].hlines(size, first, last, color=GREEN, lw=3)
+    panels[1].plot([*first, *last], [*size, *size], color=GREEN, ls="", marker="|")
+    for panel in panels:
+        panel.vlines(first[1:], 0, 1, transform=panel.get_xaxis_transform(), color=GREY, ls="--", lw=1)
+    ticks = sorted({*size})
+    panels[1].set(ylabel="world size", ylim=(0, ticks[-1] + 1))
+    if len(ticks) <= MAX_COUNTED:
+        panels[1].set_yticks(ticks)
 
 
 def _test_images(record: Record, result: Evaluation, rows: np.ndarray) -> Batch:

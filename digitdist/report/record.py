@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -59,11 +60,12 @@ class Record:
 
     @property
     def name(self) -> str:
-        return self.folder.resolve().name
+        return shown(self.folder.resolve().name)
 
-    @property
+    @cached_property
     def classes(self) -> tuple[str, ...]:
-        return self.info.classes
+        """As text that can be drawn: a folder's name may be any bytes."""
+        return tuple(map(shown, self.info.classes))
 
     @property
     def last_step(self) -> int:

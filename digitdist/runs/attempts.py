@@ -58,6 +58,7 @@ def _is_attempt(value: Any) -> bool:
         and all(type(value.get(name)) is int and value[name] >= 0 for name in ("step", "world_size"))
         and isinstance(value.get("wandb_id"), str)
         and all(isinstance(value[name], kind) for name, kind in OPTIONAL.items() if name in value)
+        and all(isinstance(item, (int, float, str)) for name in ("launchers", "slurm") for item in value.get(name, ()))
     )
 
 

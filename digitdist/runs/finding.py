@@ -33,6 +33,7 @@ from digitdist.runs.origin import made_here
 from digitdist.world import is_main
 
 MAX_INFO_BYTES = MIB
+MAX_DIGITS = 15  # of a step; a name that is much longer is no file's
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,8 @@ class StoredRun:
             if not best:
                 raise UserError(f"{self.folder}: no best checkpoint; it is chosen only where data.validation holds images out")
             which = str(best["step"])
-        if not which.isdecimal():
-            raise UserError(f"--checkpoint {which} is not allowed; it takes last, best or a step")
+        if not which.isdecimal() or len(which) > MAX_DIGITS:
+            raise UserError(f"--checkpoint {shown(which)} is not allowed; it takes last, best or a step")
         try:
             return _checked(read(parent / folder_name(int(which))))
         except DamagedCheckpoint as damage:

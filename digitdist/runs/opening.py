@@ -41,6 +41,12 @@ from digitdist.runs.origin import mark_run
 from digitdist.world import print_main
 
 PLACES = ("run.dir", "run.name", "checkpoint.resume")  # where a run was trained and began; it may lie elsewhere now
+OF_A_STATE: dict[str, type | tuple[type, ...]] = {
+    "config": dict,
+    "precision": str,
+    "train_seconds": (int, float),
+    "best": (dict, type(None)),
+}
 Fit = Callable[[Checkpoint], tuple[Checkpoint, list[str]]]
 
 
@@ -216,6 +222,7 @@ def _is_same(resumed: object, path: Path) -> bool:
 
 def _check_unchanged(config: Config, plan: Plan, splits: Splits, stored: Checkpoint) -> None:
     """Refuses to resume with a configuration or images that give another result than the one the run began with."""
+    _check_state(stored)
     # What alters the result is the effective precision: `auto` may now be another one, or the same be asked for by its name.
     before = stored.state["config"] | {"train.precision": stored.state["precision"]}
     differences = result_changes(before, as_dict(config) | {"train.precision": plan.precision})
@@ -224,6 +231,19 @@ def _check_unchanged(config: Config, plan: Plan, splits: Splits, stored: Checkpo
     if differences and not config.checkpoint.allow_change:
         advice = "set it back, give another run.name, or set checkpoint.allow_change=true"
         raise UserError(*(f"{stored.folder}: {difference}; {advice}" for difference in differences))
+
+
+def _check_state(stored: Checkpoint) -> None:
+    """Refuses a checkpoint, which somebody else may have made, without what a training goes on from."""
+    state = stored.state
+    wrong = [name for name, kind in OF_A_STATE.items() if name not in state or not isinstance(state[name], kind)]
+    if not wrong:
+        wrong = [f"config, {name}" for name in ("train.epochs", "sync.mode") if name not in state["config"]]
+        best = state["best"] or {"step": 0, "accuracy": 0.0}
+        wrong += ["best"] if [type(best.get(name)) for name in ("step", "accuracy")] != [int, float] else []
+    if wrong:
+        advice = "give another checkpoint.resume, or never to start over"
+        raise UserError(f"{stored.folder}: its state lacks {'; '.join(wrong)}, so that no training goes on from it; {advice}")
 
 
 def _training_id(config: Config, plan: Plan, splits: Splits) -> str:

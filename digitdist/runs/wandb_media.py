@@ -23,6 +23,17 @@ def image_table(images: np.ndarray, columns: Mapping[str, Sequence[Any]]) -> Med
     return {"kind": "images", "images": [_png(image) for image in images], "columns": {k: list(v) for k, v in columns.items()}}
 
 
+def is_whole(media: Any) -> bool:
+    """Whether it is a chart or table that `draw` can make, as not all is that a damaged file holds."""
+    try:
+        if media["kind"] == "confusion":
+            return np.array(media["counts"], dtype=np.int64).shape == 2 * (len(media["classes"]),)
+        rows = len([_pixels(image) for image in media["images"]])
+        return media["kind"] == "images" and all(len(values) == rows for values in media["columns"].values())
+    except Exception:  # whatever damage raises
+        return False
+
+
 def draw(wandb: Any, media: Media) -> Any:
     """W&B's object of a chart or table; `wandb` is the module."""
     if media["kind"] == "confusion":

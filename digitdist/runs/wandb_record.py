@@ -4,20 +4,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from digitdist.files import atomic_write
-from digitdist.runs.metrics import read_metrics
-from digitdist.runs.wandb_media import Media
+from digitdist.errors import in_one_line
+from digitdist.files import atomic_write, parse_json, read_plain
+from digitdist.runs.metrics import LARGEST, read_metrics
+from digitdist.runs.wandb_media import Media, is_whole
 
 OPTIONS, MEDIA = "run.json", "media.jsonl"
 NAMES = ("id", "project", "entity", "group", "job_type", "name", "notes", "tags", "config")  # in the former
 
 
-def begin_record(folder: Path, run_id: str, options: Mapping[str, Any]) -> None:
-    """Keeps how the run of `folder` is named at W&B, and drops the charts of steps that are now taken again.
+def begin_record(folder: Path, run_id: str, options: Mapping[str, Any], report: Callable[[str], None] = lambda _: None) -> None:
+    """Keeps how the run of `folder` is named at W&B, and drops the charts of steps that are now taken again, and those that are
+    damaged, of which `report` gets a line.
 
     Raises:
         OSError: they cannot be written.
@@ -27,15 +29,15 @@ def begin_record(folder: Path, run_id: str, options: Mapping[str, Any]) -> None:
     atomic_write(place / OPTIONS, json.dumps({"id": run_id, **options}).encode() + b"\n")
     if (place / MEDIA).exists():
         last = max((event["step"] for event in read_metrics(folder)), default=-1)
-        kept = [line for line in _media_lines(folder) if line["step"] <= last]
+        kept = [line for line in _media_lines(folder, report) if line["step"] <= last]
         atomic_write(place / MEDIA, b"".join(json.dumps(line).encode() + b"\n" for line in kept))
 
 
 def read_options(folder: Path) -> dict[str, Any] | None:
     """The arguments of ``wandb.init`` that a training has kept; None where none has, or they are damaged."""
     try:
-        options = json.loads((folder / "wandb" / OPTIONS).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        options = parse_json(read_plain(folder / "wandb" / OPTIONS))
+    except (OSError, ValueError):
         return None
     if not isinstance(options, dict) or not isinstance(options.get("id"), str):
         return None
@@ -49,28 +51,39 @@ def keep_media(folder: Path, step: int, media: Mapping[str, Media]) -> None:
             file.write(json.dumps({"step": step, "name": name, "media": content}).encode() + b"\n")
 
 
-def stored_rows(folder: Path) -> dict[int, tuple[dict[str, Any], dict[str, Media]]]:
-    """All metrics and all media of each step, by rising step; where one was recorded twice, the later one."""
+def stored_rows(
+    folder: Path, report: Callable[[str], None] = lambda _: None
+) -> dict[int, tuple[dict[str, Any], dict[str, Media]]]:
+    """All metrics and all media of each step, by rising step; where one was recorded twice, the later one. `report` gets a line
+    where damage is left out."""
     rows: dict[int, tuple[dict[str, Any], dict[str, Media]]] = {}
-    for event in read_metrics(folder):
+    for event in read_metrics(folder, report):
         rows.setdefault(event["step"], ({}, {}))[0].update(event)
-    for line in _media_lines(folder):
-        rows.setdefault(line["step"], ({}, {}))[1][line["name"]] = line["media"]
+    try:
+        for line in _media_lines(folder, report):
+            rows.setdefault(line["step"], ({}, {}))[1][line["name"]] = line["media"]
+    except OSError as error:
+        report(f"{folder / 'wandb' / MEDIA} is damaged and left out ({in_one_line(error.strerror)})")
     return dict(sorted(rows.items()))
 
 
-def _media_lines(folder: Path) -> list[dict[str, Any]]:
-    """The lines of ``media.jsonl`` that are whole."""
+def _media_lines(folder: Path, report: Callable[[str], None]) -> list[dict[str, Any]]:
+    """The whole lines of ``media.jsonl``, but for a last one that was cut short. Raises OSError where it cannot be read."""
+    file = folder / "wandb" / MEDIA
     try:
-        lines = (folder / "wandb" / MEDIA).read_bytes().splitlines()
-    except OSError:
+        lines = read_plain(file, LARGEST).split(b"\n")[:-1]
+    except FileNotFoundError:
         return []
-    found = []
-    for text in lines:
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):  # cut short by a crash
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int) and {"name", "media"} <= line.keys():
-            found.append(line)
+    found = [line for text in lines if (line := _media_line(text))]
+    if len(found) < len(lines):
+        report(f"{file}: {len(lines) - len(found)} damaged lines are left out")
     return found
+
+
+def _media_line(text: bytes) -> dict[str, Any] | None:
+    try:
+        line = parse_json(text.strip(b"\0"))  # as in `read_metrics`
+    except ValueError:
+        return None
+    is_line = isinstance(line, dict) and type(line.get("step")) is int and isinstance(line.get("name"), str)
+    return line if is_line and is_whole(line.get("media")) else None

@@ -42,7 +42,7 @@ class WandbRun:
         self._thread: threading.Thread | None = None
         self._wandb: Any = None
         self._abandoned = self._complained = False
-        self._keep(lambda: begin_record(folder, run_id, init_options))
+        self._keep(lambda: begin_record(folder, run_id, init_options, report))
         self._stored = stored_rows(folder)
         self._last_step = max(self._stored, default=0)
         if self._stored:  # a run that only has to end would not have the time

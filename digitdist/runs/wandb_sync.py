@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import tempfile
@@ -16,8 +15,10 @@ from filelock import FileLock, Timeout
 
 from digitdist.checkpoint import folder_name
 from digitdist.errors import UserError, in_one_line
+from digitdist.files import parse_json, read_plain
 from digitdist.runs.attempts import read_attempts
 from digitdist.runs.folder import RESULT
+from digitdist.runs.metrics import METRICS
 from digitdist.runs.wandb_record import read_options, stored_rows
 from digitdist.runs.wandb_server import why_offline
 from digitdist.runs.wandb_session import Session, prepare_environment, remove_service_folder
@@ -53,7 +54,7 @@ def sync_wandb(folder: Path, report: Callable[[str], None]) -> None:
         import wandb
 
         try:
-            report(f"{folder}: {_send(wandb, folder, place, options)}")
+            report(f"{folder}: {_send(wandb, folder, place, options, report)}")
         except UserError:
             raise
         except Exception as error:  # wandb raises all kinds
@@ -98,8 +99,8 @@ def _own_environment() -> Iterator[Path]:
         os.environ.update(before)
 
 
-def _send(wandb: Any, folder: Path, place: Path, options: Mapping[str, Any]) -> str:
-    """Sends the run, and returns what was sent.
+def _send(wandb: Any, folder: Path, place: Path, options: Mapping[str, Any], report: Callable[[str], None]) -> str:
+    """Sends the run, and returns what was sent; `report` gets a line where damage is left out.
 
     Raises:
         UserError: the server does not show that it has it.
@@ -107,10 +108,12 @@ def _send(wandb: Any, folder: Path, place: Path, options: Mapping[str, Any]) -> 
     unsent = folder / "wandb" / UNSENT
     if not unsent.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"{unsent} leads out of the run's folder; remove that link")
-    rows, result = stored_rows(folder), _read_result(folder)
+    rows, result = stored_rows(folder, report), _read_result(folder)
     attempts = read_attempts(folder)
     stopped = not result and bool(attempts) and bool(attempts[-1].get("stopped"))
     weights, lost = _weights_file(folder, options.get("config") or {}, result)
+    if are_lines_lost(rows, result):
+        report(f"{folder / METRICS} lacks its last lines, which W&B does not get either")
     session = Session(wandb, place, "online", options, SETTINGS)
     path, url = session.run.path, session.run.url
     session.replay(rows)
@@ -126,6 +129,12 @@ def _send(wandb: Any, folder: Path, place: Path, options: Mapping[str, Any]) -> 
     parts = [f"{session.num_rows} of {len(rows)} steps", f"{session.num_media} charts and tables"]
     parts += ["the result"] * bool(result) + ["the weights"] * bool(weights)
     return f"sent {', '.join(parts)}; W&B has every step{f' ({lost})' if lost else ''}: {url}"
+
+
+def are_lines_lost(rows: Mapping[int, tuple[Mapping[str, Any], Any]], result: Mapping[str, Any]) -> bool:
+    """Whether a run that has ended has no metrics of its last step: charts may be there without them."""
+    last = max((step for step, (metrics, _) in rows.items() if metrics), default=-1)
+    return isinstance(result.get("steps"), int) and last < result["steps"]
 
 
 def _missing(wandb: Any, path: str, last_step: int, weights_sha256: str | None, unsent: Path) -> str | None:
@@ -150,8 +159,8 @@ def _missing(wandb: Any, path: str, last_step: int, weights_sha256: str | None, 
 def _read_result(folder: Path) -> dict[str, Any]:
     """What ``result.json`` holds; nothing where the run has not ended, or the file is damaged."""
     try:
-        result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        result = parse_json(read_plain(folder / RESULT))
+    except (OSError, ValueError):
         return {}
     return result if isinstance(result, dict) else {}
 

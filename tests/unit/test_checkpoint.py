@@ -202,8 +202,8 @@ def test_a_file_left_under_the_temporary_name_is_replaced(tmp_path: Path):
 
 @pytest.mark.parametrize(
     "state",
-    [b"[" * 100_000, b"7", b"[]", b"{}", b'{"step": "5"}', b'{"step": true}', b"\xff", b""],
-    ids=["deep", "number", "list", "empty", "text", "bool", "not UTF-8", "nothing"],
+    [b"[" * 100_000, b"7", b"[]", b"{}", b'{"step": "5"}', b'{"step": true}', b'{"step": -5}', b"\xff", b""],
+    ids=["deep", "number", "list", "empty", "text", "bool", "negative", "not UTF-8", "nothing"],
 )
 def test_a_state_that_is_none_is_damage_whatever_its_sum_says(tmp_path: Path, state: bytes):
     folder = checkpoint.write(tmp_path, made(1), keep=3)
@@ -215,7 +215,38 @@ def test_a_state_that_is_none_is_damage_whatever_its_sum_says(tmp_path: Path, st
         checkpoint.read(folder)
 
 
-@pytest.mark.parametrize("name", ["../outside.json", "/etc/hostname", "a/b"])
+@pytest.mark.parametrize("kind", ["F4", "F8_E8M0", "F32"])
+def test_tensors_that_torch_does_not_take_are_damage_whatever_their_sum_says(tmp_path: Path, kind: str):
+    folder = checkpoint.write(tmp_path, made(1), keep=3)
+    header = json.dumps({"a": {"dtype": kind, "shape": [0, 2**62, 2**62], "data_offsets": [0, 0]}}).encode()
+    content = len(header).to_bytes(8, "little") + header
+    (folder / "model.safetensors").write_bytes(content)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["model.safetensors"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DamagedCheckpoint, match="not a checkpoint of this program"):
+        checkpoint.read(folder)
+
+
+@pytest.mark.parametrize("size", ["Infinity", "-Infinity", "NaN", "1e999", "-1", "null"])
+def test_a_manifest_of_an_impossible_size_is_damage(tmp_path: Path, size: str):
+    folder = checkpoint.write(tmp_path, made(1), keep=3)
+    (folder / "manifest.json").write_text(f'{{"files": {{"state.json": {{"bytes": {size}, "sha256": ""}}}}}}')
+    with pytest.raises(DamagedCheckpoint):
+        checkpoint.read(folder)
+
+
+@pytest.mark.parametrize("make", [Path.touch, lambda path: path.symlink_to("step-000000002")], ids=["file", "link"])
+def test_what_is_no_folder_under_the_name_of_an_old_one_goes_with_the_old_ones(tmp_path: Path, make):
+    make(tmp_path / "step-000000001")
+    said: list[str] = []
+    for step in (2, 3, 4):
+        checkpoint.write(tmp_path, made(step), keep=1, report=said.append)
+    assert [folder.name for folder in checkpoint.folders(tmp_path)] == ["step-000000004"]
+    assert not said
+
+
+@pytest.mark.parametrize("name", ["../outside.json", "/etc/hostname", "a/b", "a\0b", "\ud800", "\x1b[31m"])
 def test_a_manifest_that_leads_out_of_its_folder_is_refused(tmp_path: Path, name: str):
     folder = checkpoint.write(tmp_path, made(1), keep=3)
     manifest = json.loads((folder / "manifest.json").read_text())

@@ -44,6 +44,19 @@ def test_a_network_that_takes_no_channels_last_has_the_reason():
     assert inspect(awkward.Volume).layout == torch.contiguous_format
 
 
+class InPlace(awkward.Base):
+    """It scales its images where they are."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return super().forward(images.mul_(0.5))
+
+
+def test_a_network_that_changes_its_images_in_place_keeps_nothing_between_two_trials():
+    before = PIXELS.clone()
+    inspect(InPlace, mode="exact")
+    assert torch.equal(PIXELS, before)
+
+
 class Strided(awkward.Base):
     """It reads memory as if it knew its order."""
 

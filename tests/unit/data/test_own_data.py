@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import time
@@ -14,8 +15,9 @@ import torch
 from helpers.data_sets import write_folder
 from PIL import Image
 
-from digitdist.config import load_config
+from digitdist.config import DataConfig, load_config
 from digitdist.data import DataSetInfo, Share, Splits, StreamedSet, load_splits
+from digitdist.data.__main__ import describe, plot
 from digitdist.data.forms import picture_form, to_image
 from digitdist.errors import UserError
 
@@ -118,6 +120,26 @@ def test_what_is_no_file_is_named_and_not_waited_for(folder: Path):
     os.mkfifo(folder / "train/digit 0/pipe.png")
     with pytest.raises(UserError, match=r"pipe\.png is not a file"):
         load("data.name=folder", f"data.root={folder}")
+    (folder / "train/digit 0/pipe.png").unlink()
+    (folder / "train/digit 0/circle").symlink_to(".")
+    with pytest.raises(UserError, match=r"circle.*: Too many levels of symbolic links; remove it"):
+        load("data.name=folder", f"data.root={folder}")
+
+
+def test_a_files_or_a_classs_name_may_be_any_bytes(folder: Path):
+    for split in (b"train", b"test"):
+        place = os.fsencode(folder) + b"/" + split
+        os.rename(place + b"/digit 0", place + b"/\xff")
+        picture = next(os.scandir(place + b"/\xff")).name
+        os.rename(place + b"/\xff/" + picture, place + b"/\xff/\xfe.png")
+    splits = load("data.name=folder", f"data.root={folder}")
+    assert len(splits.train) == 160
+    assert splits.info.classes[-1] == "\udcff"
+    assert DataSetInfo.from_json(splits.info.to_json()) == splits.info
+    info = dataclasses.replace(splits.info, name="\udcff", classes=("\udcff", "\x1b[31m", "$\\frac{$"))
+    named = dataclasses.replace(splits, info=info)
+    plot(named, str(folder / "samples.png"))
+    assert describe(DataConfig(), named).replace("\n", "").isprintable()
 
 
 def test_every_bad_file_is_named_once(folder: Path):

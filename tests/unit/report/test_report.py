@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import io
 import json
 import re
@@ -343,3 +344,15 @@ def test_report_sync_of_a_run_without_offline_data_says_so(place: Path):
     done = launching.python("-m", "digitdist.report", "sync", "a", cwd=place)
     assert done.code == 2
     assert "there is no offline W&B run to send" in done.errors[0]
+
+
+def test_a_full_disk_is_told_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "config.yaml").touch()
+
+    def fail(folder: Path) -> Path:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("digitdist.report.__main__.write_report", fail)
+    monkeypatch.setattr(sys, "argv", ["report", str(tmp_path)])
+    with pytest.raises(UserError, match="what a report writes: No space left on device; make room"):
+        main()

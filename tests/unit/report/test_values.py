@@ -11,6 +11,7 @@ import pytest
 from digitdist import report
 from digitdist.data import DATA_SETS
 from digitdist.evaluate import Evaluation, save_predictions
+from digitdist.report.plots import plot_confusion, plot_throughput
 from digitdist.report.record import read_record
 
 RESULT = {
@@ -92,3 +93,28 @@ def test_a_record_is_read_whatever_bytes_a_file_holds(run: Path, name: str):
             damaged = bytearray(b"[" * 100_000 if kind == 50 else rng.bytes(1000))
         (run / name).write_bytes(damaged)
         read_record(run)
+
+
+def test_thousands_of_attempts_or_classes_are_a_few_artists(run: Path):
+    start = json.loads((run / "environment.json").read_text())["starts"][0]
+    (run / "environment.json").write_text(
+        json.dumps({"starts": [start | {"step": n % 7, "world_size": n + 1} for n in range(2000)]})
+    )
+    figure = plot_throughput(read_record(run)).figure
+    assert figure
+    assert all(len(axis.lines) + len(axis.collections) < 5 for axis in figure.axes)
+    assert len(figure.axes[-1].get_yticks()) < 20
+    for classes, shown in ((100, 100), (999, 100), (1001, None)):
+        data = json.loads(DATA_SETS["mnist"].to_json()) | {"classes": [f"class {number}" for number in range(classes)]}
+        (run / "data_set.json").write_text(json.dumps(data))
+        figure = plot_confusion(read_record(run)).figure
+        assert (figure and len(figure.axes[0].get_xticks())) == shown
+
+
+def test_a_class_that_has_a_folders_name_of_any_bytes_is_drawn(run: Path):
+    data = json.loads((run / "data_set.json").read_text())
+    (run / "data_set.json").write_text(
+        json.dumps(data | {"classes": ["\udcff", "\x1b[31m", "$\\frac{$", *data["classes"][3:]]})
+    )
+    report.write_report(run)
+    assert (run / "plots/confusion.png").exists()

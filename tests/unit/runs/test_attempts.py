@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import json
 import subprocess
 from pathlib import Path
 
-from digitdist.runs.attempts import git_commit
+import pytest
+
+from digitdist.runs.attempts import git_commit, read_attempts, run_of_launchers
 
 
 def test_the_commit_is_that_of_a_repository_that_has_the_package_and_of_no_other(tmp_path: Path):
@@ -21,3 +24,15 @@ def test_the_commit_is_that_of_a_repository_that_has_the_package_and_of_no_other
     subprocess.run([*git, "commit", "-qm", "its own"], check=True)
     head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
     assert git_commit(package) == head
+
+
+@pytest.mark.parametrize("name", ["launchers", "slurm"])
+@pytest.mark.parametrize("item", [[1], {}, None])
+def test_an_attempt_of_another_run_that_holds_anything_stops_no_training(tmp_path: Path, name: str, item):
+    (tmp_path / "other").mkdir()
+    attempt = {"step": 0, "world_size": 1, "wandb_id": "a", "launchers": [1.5], name: [item]}
+    (tmp_path / "other/environment.json").write_text(json.dumps({"starts": [attempt]}))
+    assert run_of_launchers(tmp_path, [1.5]) is None
+    said: list[str] = []
+    assert read_attempts(tmp_path / "other", said.append) == []
+    assert "1 of 1 earlier attempts are lost" in said[0]

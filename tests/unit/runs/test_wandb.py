@@ -27,6 +27,7 @@ from digitdist.runs.wandb_run import WandbRun
 from digitdist.runs.wandb_server import has_wandb_key, wandb_mode
 from digitdist.runs.wandb_session import Session
 from digitdist.runs.wandb_settings import chosen_mode, init_options
+from digitdist.runs.wandb_sync import are_lines_lost
 
 NAMES = ("PROJECT", "NAME", "TAGS", "ENTITY", "RUN_GROUP", "NOTES", "RUN_ID", "DISABLED", "CONFIG_DIR", "DIR", "JOB_TYPE")
 
@@ -434,7 +435,52 @@ def test_charts_of_steps_that_are_taken_again_are_dropped(tmp_path: Path):
     assert dict(read_options(tmp_path) or {}).items() >= {"id": "id", "name": "b"}.items()
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"step": 2, "name": ["chart"], "media": {}},
+        {"step": 2, "name": "chart", "media": None},
+        {"step": 2, "name": "chart", "media": {"kind": "sound"}},
+        {"step": 2, "name": "chart", "media": {"kind": "confusion", "classes": ["0", "1"], "counts": [[1, 0]]}},
+        {"step": 2, "name": "table", "media": {"kind": "images", "images": ["bm9uZQ=="], "columns": {}}},
+        {"step": 2, "name": "table", "media": {"kind": "images", "images": [], "columns": {"index": [1]}}},
+    ],
+)
+def test_a_damaged_line_of_charts_costs_that_chart_alone_and_is_told(line: dict, tmp_path: Path, module: StandIn):
+    wandb_tracker(tmp_path, []).log({"train/loss": 1.0}, 2, 0.0, {"first": CHART})
+    with (tmp_path / "wandb/media.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    told: list[str] = []
+    assert {*stored_rows(tmp_path, told.append)[2][1]} == {"first"}
+    said: list[str] = []
+    tracker = wandb_tracker(tmp_path, said)
+    tracker.log({"train/loss": 1.0}, 3, 0.0, {"chart": CHART})
+    tracker.finish({"x": 1})
+    assert module.summary == {"x": 1}
+    assert said == told == [f"{tmp_path}/wandb/media.jsonl: 1 damaged lines are left out"]
+
+
+@pytest.mark.parametrize("name", ["run.json", "media.jsonl"])
+def test_nothing_but_plain_files_is_waited_for(name: str, tmp_path: Path):
+    begin_record(tmp_path, "id", {"name": "a"})
+    (tmp_path / "wandb" / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / "wandb" / name)
+    said: list[str] = []
+    assert (read_options(tmp_path) is None) == (name == "run.json")
+    assert stored_rows(tmp_path, said.append) == {}
+    assert len(said) == (name == "media.jsonl")
+
+
 # Sending later
+
+
+def test_metrics_that_are_lost_are_noticed_though_their_charts_are_there(tmp_path: Path):
+    begin_record(tmp_path, "id", {"name": "a"})
+    keep_media(tmp_path, 4, {"chart": CHART})
+    assert are_lines_lost(stored_rows(tmp_path), {"steps": 4})
+    assert not are_lines_lost(stored_rows(tmp_path), {})
+    RunTracker(tmp_path, None, print).log({"train/loss": 1.0}, 4, 0.0)
+    assert not are_lines_lost(stored_rows(tmp_path), {"steps": 4})
 
 
 def test_a_sync_without_anything_to_send_or_a_key_is_refused(tmp_path: Path):

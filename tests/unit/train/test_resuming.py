@@ -12,6 +12,8 @@ from helpers.resume_worker import CHANGED, NOT_TRIED
 from helpers.runs import events, result
 from helpers.short_runs import train
 
+from digitdist import checkpoint
+from digitdist.checkpoint import Checkpoint
 from digitdist.config import KEYS
 from digitdist.distributed import process_restored, start_accelerator
 from digitdist.errors import UserError
@@ -132,3 +134,31 @@ def test_harmless_keys_change_no_bit_of_one_process(alone: Accelerator, tmp_path
     parts, lines = train(alone, str(mnist_root), (*own, "run.name=parts", *changed))
     assert not lines
     assert result(parts)["weights_sha256"] == result(whole)["weights_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("change", "lacking"),
+    [
+        ({"config": None}, "config"),
+        ({"config": {}}, "config, train.epochs; config, sync.mode"),
+        ({"precision": 32}, "precision"),
+        ({"train_seconds": "1"}, "train_seconds"),
+        ({"best": []}, "best"),
+        ({"best": {"step": "../x"}}, "best"),
+    ],
+)
+def test_a_checkpoint_of_somebody_elses_whose_state_is_not_whole_is_refused_in_a_line(
+    alone: Accelerator, tmp_path: Path, mnist_root: Path, change: dict, lacking: str
+):
+    tensors = {"model": {}, "optimizer": {}}
+    state = {
+        "step": 2,
+        "config": {"train.epochs": 1, "sync.mode": "ddp"},
+        "precision": "fp32",
+        "train_seconds": 1,
+        "best": None,
+    }
+    folder = checkpoint.write(tmp_path / "sent", Checkpoint(tensors, state | change), keep=1)
+    with pytest.raises(UserError, match=f"its state lacks {lacking}, so that no training goes on from it"):
+        train(alone, str(mnist_root), [*COMMON, f"run.dir={tmp_path}", "run.name=own", f"checkpoint.resume={folder}"])
+    assert not (tmp_path / "own").exists()
