@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import digitdist
 from digitdist.checkpoint import Checkpoint, weights_sha256
 from digitdist.data import AnySet, load_splits
+from digitdist.errors import UserError, in_one_line
 from digitdist.evaluate import saved_predictions
 from digitdist.export.formats import FORMATS, Classifier, Classify, Metadata
 from digitdist.files import write_synced
@@ -57,6 +58,8 @@ def export(run: StoredRun, which: str, form: str, file: Path) -> str:
             found, _ = probabilities(FORMATS[form].read(temporary, config, info), test)
             difference = compare(found, expected)
         os.replace(temporary, file)
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror or in_one_line(error)}; make room, or give another --output") from None
     finally:
         temporary.unlink(missing_ok=True)
     counted = f"{correct:,}/{total:,} correct = {100 * correct / total:.2f} %"

@@ -24,6 +24,7 @@ from digitdist.runs.folder import ENVIRONMENT, RESULT
 from digitdist.world import restart_count
 
 Attempt = dict[str, Any]
+NO_ID = set(":;,#?/' \n")  # which W&B takes in no run's id
 KEY = "starts"  # of the list in the file, whose format is kept
 OPTIONAL: dict[str, type | tuple[type, ...]] = {
     "launchers": list,
@@ -57,6 +58,7 @@ def _is_attempt(value: Any) -> bool:
         isinstance(value, dict)
         and all(type(value.get(name)) is int and value[name] >= 0 for name in ("step", "world_size"))
         and isinstance(value.get("wandb_id"), str)
+        and not set(value["wandb_id"]) & NO_ID
         and all(isinstance(value[name], kind) for name, kind in OPTIONAL.items() if name in value)
         and all(isinstance(item, (int, float, str)) for name in ("launchers", "slurm") for item in value.get(name, ()))
     )

@@ -41,7 +41,8 @@ def read_options(folder: Path) -> dict[str, Any] | None:
         return None
     if not isinstance(options, dict) or not isinstance(options.get("id"), str):
         return None
-    return {name: options.get(name) for name in NAMES}
+    kinds = {"config": dict, "tags": list}
+    return {name: value if isinstance(value := options.get(name), kinds.get(name, str)) else None for name in NAMES}
 
 
 def keep_media(folder: Path, step: int, media: Mapping[str, Media]) -> None:
