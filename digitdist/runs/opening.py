@@ -125,16 +125,16 @@ def _resume_or_begin(
         for line in lines:
             print_main(line)
     move_aside(folder)
+    remove_temporary(folder)
     config.run.name = folder.name
+    attempts = read_attempts(folder, print_main)
+    take_in_heartbeats(folder, attempts)
+    if attempts and not restarted and run.stop_file.exists():
+        print_main(f"{run.stop_file} was left by an earlier attempt, and is removed; to stop the run, make it again")
+        remove(run.stop_file)
     if run.finished:
         _mend_configuration(run, config, splits)
         return
-    remove_temporary(folder)
-    attempts = read_attempts(folder, print_main)
-    take_in_heartbeats(folder, attempts)
-    if not restarted and run.stop_file.exists():
-        print_main(f"{run.stop_file} was there before this start, and is removed; to stop the run, make it again")
-        remove(run.stop_file)
     is_same = not never and attempts and attempts[-1].get("training") == training
     if _is_own(run) if run.stored else is_same:
         _continue(run)

@@ -107,15 +107,16 @@ class Recorder:
             return
         record = self._result(result, memory)
         save_predictions(result, self.run.folder / PREDICTIONS)
-        atomic_write(self.run.folder / RESULT, json.dumps(record, indent=1).encode() + b"\n")
-        remove(self.run.stop_file)  # of a request that came too late
         images, seconds = self.order.images_seen(self.state.step), self.state.train_seconds
         self.display.print(f"\n{self.data_set} test: {result}")
         if seconds:
             self.display.print(f"trained {images:,} images in {seconds:.1f} s, {images / seconds:,.0f} images/s")
+        self.tracker.finish(record, {"test/worst_mistakes": _worst_mistakes(result, test)}, self._weights_file())
+        # Last, since a run that has its result is finished: one that is killed before is ended again, for W&B too.
+        atomic_write(self.run.folder / RESULT, json.dumps(record, indent=1).encode() + b"\n")
+        remove(self.run.stop_file)  # of a request that came too late
         folder = shlex.quote(str(self.run.folder))
         self.display.print(f"files in {self.run.folder}; next: python -m digitdist.evaluate {folder}")
-        self.tracker.finish(record, {"test/worst_mistakes": _worst_mistakes(result, test)}, self._weights_file())
 
     def _end_profile(self) -> None:
         self.profiler.stop()

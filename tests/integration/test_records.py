@@ -229,7 +229,7 @@ def test_a_file_stop_from_before_the_start_stops_nothing(here: Path, trained: Pa
     as_stopped(trained)
     (A / "STOP").touch()
     train(ARGUMENTS)
-    assert "STOP was there before this start, and is removed" in capsys.readouterr().out
+    assert "STOP was left by an earlier attempt, and is removed" in capsys.readouterr().out
     assert_same_run(A, trained / "runs/a")
 
 
@@ -330,6 +330,15 @@ def test_a_finished_run_says_what_is_damaged_and_makes_it_again(
             assert (A / file).read_text() == (trained / "runs/a" / file).read_text()
         train(ARGUMENTS)
         assert "is finished" in capsys.readouterr().out
+
+
+def test_a_finished_run_keeps_nothing_of_an_attempt_that_was_killed(here: Path, trained: Path):
+    as_finished(trained)
+    (A / ".heartbeat-x").write_bytes(bytes(48))
+    (A / f".{'0' * 16}.tmp").touch()
+    (A / "STOP").touch()
+    train(ARGUMENTS)
+    assert sorted(path.name for path in A.iterdir()) == sorted(path.name for path in (trained / "runs/a").iterdir())
 
 
 def test_lines_of_a_finished_run_that_are_lost_are_told(here: Path, trained: Path, capsys: pytest.CaptureFixture[str]):
