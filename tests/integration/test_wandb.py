@@ -209,7 +209,7 @@ def test_a_run_that_is_stopped_killed_and_killed_at_its_end_is_one_run_of_the_se
     assert stopped.wait() == 75
     assert (server.run.state, server.run.exit_code) == ("preempted", 75)
     before = server.run.steps
-    killed = start("0.3")
+    killed = start("1")  # so long that wandb sends steps, as it does every 15 s, before the end
     wait_until(lambda: server.run.steps != before)
     killed.kill()
     killed.wait()
