@@ -18,7 +18,7 @@ import torch
 
 import digitdist
 from digitdist.distributed import Plan, describe_instructions, device_name, read_beats
-from digitdist.errors import Fault, Stopped, in_one_line
+from digitdist.errors import Fault, Stopped
 from digitdist.files import atomic_write, parse_json, read_plain, remove
 from digitdist.runs.folder import ENVIRONMENT, RESULT
 from digitdist.world import restart_count
@@ -42,14 +42,16 @@ def read_attempts(folder: Path, report: Callable[[str], None] = lambda _: None) 
     try:
         found = parse_json(read_plain(file))[KEY]
         attempts = [attempt for attempt in found if _is_attempt(attempt)]
+        lost = len(found) - len(attempts)
+        why = f"{lost} of {len(found)} entries are no attempts" if lost else ""
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = in_one_line(error.strerror if isinstance(error, OSError) else error)
-        report(f"{file} is damaged ({reason}); what it held of earlier attempts is lost")
-        return []
-    if len(attempts) < len(found):
-        report(f"{file} is damaged; {len(found) - len(attempts)} of {len(found)} earlier attempts are lost")
+    except OSError as error:
+        attempts, why = [], error.strerror or "it cannot be read"
+    except (ValueError, KeyError, TypeError):
+        attempts, why = [], "it holds no list of attempts"
+    if why:
+        report(f"{file} is damaged: {why}; what it held of these is lost")
     return attempts
 
 
