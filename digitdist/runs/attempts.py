@@ -43,15 +43,15 @@ def read_attempts(folder: Path, report: Callable[[str], None] = lambda _: None) 
         found = parse_json(read_plain(file))[KEY]
         attempts = [attempt for attempt in found if _is_attempt(attempt)]
         lost = len(found) - len(attempts)
-        why = f"{lost} of {len(found)} entries are no attempts" if lost else ""
+        why = f"{lost} of {len(found)} earlier attempts are lost" if lost else ""
     except FileNotFoundError:
         return []
     except OSError as error:
-        attempts, why = [], error.strerror or "it cannot be read"
+        attempts, why = [], f"{error.strerror}; earlier attempts are lost"
     except (ValueError, KeyError, TypeError):
-        attempts, why = [], "it holds no list of attempts"
+        attempts, why = [], "it holds no list of attempts; earlier ones are lost"
     if why:
-        report(f"{file} is damaged: {why}; what it held of these is lost")
+        report(f"{file} is damaged: {why}")
     return attempts
 
 
