@@ -151,7 +151,7 @@ class _Run:
 
     def _note_spoilt_result(self) -> None:
         try:
-            found = json.loads((self.folder / "result.json").read_text())
+            found = json.loads(damage.read(self.folder / "result.json"))  # where there may be a FIFO
         except (OSError, ValueError, RecursionError):
             return
         if isinstance(found, dict):
