@@ -23,14 +23,12 @@ def is_finished(folder: Path, stored: Checkpoint, report: Callable[[str], None])
     """Whether result and predictions are those of the weights in `stored`, the last checkpoint of a training; `report` gets a
     line about each file that is not, and so is made again, or that cannot be made again."""
     result = _read(folder / RESULT, lambda content: parse_json(content), report)
-    if result is None:
+    counts = _read(folder / PREDICTIONS, _counts, report)  # also where the result is damaged: each file is told
+    if result is None or counts is None:
         return False
     weights = weights_sha256(stored.tensors.get("ema") or stored.tensors["model"])
     if not isinstance(result, dict) or (result.get("steps"), result.get("weights_sha256")) != (stored.step, weights):
         report(f"{folder / RESULT} is not of the weights in {stored.folder}; it is made again")
-        return False
-    counts = _read(folder / PREDICTIONS, _counts, report)
-    if counts is None:
         return False
     if counts != (result.get("test_correct"), result.get("test_total")):
         report(f"{folder / PREDICTIONS} does not have the counts of {RESULT}; both are made again")

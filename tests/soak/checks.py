@@ -66,7 +66,10 @@ def problems(attempt: Attempt) -> Iterator[str]:
     if attempt.code in (0, 75) and not attempt.faults and attempt.temporary and not wandb_was_killed:
         yield f"left in TMPDIR: {attempt.temporary}"
     full_at_start = attempt.disk_was_full and FULL in attempt.output
+    frozen = any("frozen for good" in fault.done for fault in attempt.faults)
     refusals = [line for line in attempt.output.splitlines() if line.startswith("error:")]
+    if frozen:  # before it has joined, it is one that has not come
+        refusals = [line for line in refusals if "has not come within sync.join_timeout_s" not in line]
     if refusals and not full_at_start:
         yield f"a mistake of the user's is reported: {refusals}"
     hit_checkpoints = any(found.hits("checkpoints") for found in attempt.damages)
