@@ -23,7 +23,7 @@ class MetricsLog:
 
     def __init__(self, folder: Path, report: Callable[[str], None]):
         self._file = (folder / METRICS).open("ab", buffering=0)
-        self._pending, self._waits = b"", False
+        self._pending, self._waits_for = b"", ""  # what is not written yet, and why
         self._report = report
 
     def append(self, event: Mapping[str, Any]) -> None:
@@ -38,7 +38,7 @@ class MetricsLog:
         """
         self._write()
         if self._pending:
-            raise OSError(f"the lines of {METRICS} before it do not fit the disk")
+            raise OSError(f"the lines of {METRICS} before it cannot be written ({self._waits_for})")
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -51,13 +51,13 @@ class MetricsLog:
             while self._pending:
                 self._pending = self._pending[self._file.write(self._pending) :]
         except OSError as error:
-            if not self._waits:
+            if not self._waits_for:
                 self._report(f"{METRICS} cannot be written now ({error.strerror}); its lines wait in memory")
-            self._waits = True
+            self._waits_for = str(error.strerror)
         else:
-            if self._waits:
+            if self._waits_for:
                 self._report(f"{METRICS} is written again; no line is lost")
-            self._waits = False
+            self._waits_for = ""
 
 
 def read_metrics(folder: Path, report: Callable[[str], None] = lambda _: None) -> list[dict[str, Any]]:
