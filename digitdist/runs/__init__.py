@@ -8,7 +8,7 @@ from digitdist.runs.finding import StoredRun, find_run, load_run, read_info
 from digitdist.runs.folder import CONFIG, DATA_SET, ENVIRONMENT, PREDICTIONS, RESULT, Run
 from digitdist.runs.metrics import METRICS, read_metrics
 from digitdist.runs.moving import fetch_run
-from digitdist.runs.opening import open_run
+from digitdist.runs.opening import CHANGE_ADVICE, open_run
 from digitdist.runs.origin import made_here, mark_run
 from digitdist.runs.tracker import Tracker, start_tracker
 from digitdist.runs.wandb_media import Media, confusion_chart, image_table
@@ -17,6 +17,7 @@ from digitdist.runs.wandb_settings import wandb_mistakes
 from digitdist.runs.wandb_sync import sync_wandb
 
 __all__ = [
+    "CHANGE_ADVICE",
     "CONFIG",
     "DATA_SET",
     "ENVIRONMENT",

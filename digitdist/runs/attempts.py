@@ -21,10 +21,10 @@ from digitdist.distributed import Plan, describe_instructions, device_name, read
 from digitdist.errors import Fault, Stopped
 from digitdist.files import atomic_write, parse_json, read_plain, remove
 from digitdist.runs.folder import ENVIRONMENT, RESULT
+from digitdist.runs.wandb_settings import BAD_IN_RUN_ID
 from digitdist.world import restart_count
 
 Attempt = dict[str, Any]
-NO_ID = set(":;,#?/' \n")  # which W&B takes in no run's id
 KEY = "starts"  # of the list in the file, whose format is kept
 OPTIONAL: dict[str, type | tuple[type, ...]] = {
     "launchers": list,
@@ -60,7 +60,7 @@ def _is_attempt(value: Any) -> bool:
         isinstance(value, dict)
         and all(type(value.get(name)) is int and value[name] >= 0 for name in ("step", "world_size"))
         and isinstance(value.get("wandb_id"), str)
-        and not set(value["wandb_id"]) & NO_ID
+        and not set(value["wandb_id"]) & (BAD_IN_RUN_ID | {" ", "\n"})
         and all(isinstance(value[name], kind) for name, kind in OPTIONAL.items() if name in value)
         and all(isinstance(item, (int, float, str)) for name in ("launchers", "slurm") for item in value.get(name, ()))
     )

@@ -10,13 +10,12 @@ from pathlib import Path
 
 from digitdist.checkpoint import folders, step_of
 from digitdist.files import TEMPORARY, remove
-from digitdist.runs.folder import DATA_SET, ENVIRONMENT, PREDICTIONS, RESULT
+from digitdist.runs.folder import CONFIG, DATA_SET, ENVIRONMENT, LOCK, PREDICTIONS, RESULT
 from digitdist.runs.metrics import METRICS
 from digitdist.world import print_main
 
 RUN_FILES = (METRICS, RESULT, PREDICTIONS, ENVIRONMENT, DATA_SET, "trace.json")  # which another host needs to go on
-LOCK = ".lock"
-FILES = (*RUN_FILES, "config.yaml", LOCK)
+FILES = (*RUN_FILES, CONFIG, LOCK)
 FOLDERS = ("checkpoints", "wandb", "plots")
 
 

@@ -22,7 +22,7 @@ LARGEST_PREDICTIONS = 1024 * MIB
 def is_finished(folder: Path, stored: Checkpoint, report: Callable[[str], None]) -> bool:
     """Whether result and predictions are those of the weights in `stored`, the last checkpoint of a training; `report` gets a
     line about each file that is not, and so is made again, or that cannot be made again."""
-    result = _read(folder / RESULT, lambda content: parse_json(content), report)
+    result = _read(folder / RESULT, parse_json, report)
     counts = _read(folder / PREDICTIONS, _counts, report)  # also where the result is damaged: each file is told
     if result is None or counts is None:
         return False

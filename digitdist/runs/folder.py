@@ -12,7 +12,7 @@ from filelock import FileLock
 
 from digitdist.checkpoint import Checkpoint
 
-CONFIG, RESULT, PREDICTIONS = "config.yaml", "result.json", "predictions.npz"
+CONFIG, RESULT, PREDICTIONS, LOCK = "config.yaml", "result.json", "predictions.npz", ".lock"
 ENVIRONMENT, DATA_SET = "environment.json", "data_set.json"
 
 

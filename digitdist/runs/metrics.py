@@ -64,31 +64,42 @@ def read_metrics(folder: Path, report: Callable[[str], None] = lambda _: None) -
     """The events of a run, in order, but not a last line that was cut short. `report` gets a line where more is left out."""
     file = folder / METRICS
     try:
-        whole = read_plain(file, LARGEST).split(b"\n")[:-1]
-    except FileNotFoundError:
-        return []
+        return read_json_lines(file, _is_event, report)
     except OSError as error:
         report(f"{file} is damaged and left out ({in_one_line(error.strerror)})")
         return []
-    events = [event for line in whole if (event := _event(line))]
-    if len(events) < len(whole):
-        report(f"{file}: {len(whole) - len(events)} damaged lines are left out")
-    return events
 
 
-def _event(line: bytes) -> dict[str, Any] | None:
-    """The event in a line, if it is one: a step, an epoch, and numbers by name."""
+def read_json_lines(
+    file: Path, is_whole: Callable[[dict[str, Any]], bool], report: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """The objects with a step, one a line of `file`, that are whole: none without a file, nor a last line that was cut short.
+    `report` gets a line where more is left out.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
     try:
-        event = parse_json(line.strip(b"\0"))  # with which a crash of the host may fill up a file
+        lines = read_plain(file, LARGEST).split(b"\n")[:-1]
+    except FileNotFoundError:
+        return []
+    found = [value for line in lines if (value := _object(line)) is not None and is_whole(value)]
+    if len(found) < len(lines):
+        report(f"{file}: {len(lines) - len(found)} damaged lines are left out")
+    return found
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    try:
+        value = parse_json(line.strip(b"\0"))  # with which a crash of the host may fill up a file
     except ValueError:
         return None
-    is_event = (
-        isinstance(event, dict)
-        and type(event.get("step")) is int
-        and "epoch" in event
-        and all(type(value) in (int, float) for value in event.values())
-    )
-    return event if is_event else None
+    return value if isinstance(value, dict) and type(value.get("step")) is int else None
+
+
+def _is_event(value: dict[str, Any]) -> bool:
+    """Whether it has an epoch, and numbers alone."""
+    return "epoch" in value and all(type(number) in (int, float) for number in value.values())
 
 
 def truncate_metrics(folder: Path, last_step: int, report: Callable[[str], None]) -> None:

@@ -32,15 +32,16 @@ from digitdist.runs.attempts import (
     take_in_heartbeats,
     write_attempts,
 )
-from digitdist.runs.clearing import LOCK, begin_anew, move_aside, remove_temporary, set_aside
+from digitdist.runs.clearing import begin_anew, move_aside, remove_temporary, set_aside
 from digitdist.runs.finding import read_info
 from digitdist.runs.finished import is_finished
-from digitdist.runs.folder import DATA_SET, PREDICTIONS, RESULT, Run
+from digitdist.runs.folder import CONFIG, DATA_SET, LOCK, PREDICTIONS, RESULT, Run
 from digitdist.runs.metrics import truncate_metrics
 from digitdist.runs.origin import mark_run
 from digitdist.world import print_main
 
 PLACES = ("run.dir", "run.name", "checkpoint.resume")  # where a run was trained and began; it may lie elsewhere now
+CHANGE_ADVICE = "set it back, give another run.name, or set checkpoint.allow_change=true"
 OF_A_STATE: dict[str, type | tuple[type, ...]] = {
     "config": dict,
     "precision": str,
@@ -148,7 +149,7 @@ def _resume_or_begin(
 
 
 def _write_configuration(folder: Path, config: Config, splits: Splits) -> None:
-    atomic_write(folder / "config.yaml", dump_config(config))
+    atomic_write(folder / CONFIG, dump_config(config))
     atomic_write(folder / DATA_SET, splits.info.to_json().encode() + b"\n")
     mark_run(folder)
 
@@ -156,7 +157,7 @@ def _write_configuration(folder: Path, config: Config, splits: Splits) -> None:
 def _mend_configuration(run: Run, config: Config, splits: Splits) -> None:
     """Writes again how a finished run was trained, where that is damaged, missing or not what its last checkpoint says."""
     try:
-        said = load_stored_config(run.folder / "config.yaml")
+        said = load_stored_config(run.folder / CONFIG)
         read_info(run.folder, said.data)
         trained = run.stored.state["config"] if run.stored else {}
         differing = [name for name, value in as_dict(said).items() if name not in PLACES and trained.get(name, value) != value]
@@ -229,8 +230,7 @@ def _check_unchanged(config: Config, plan: Plan, splits: Splits, stored: Checkpo
     if stored.state.get("data_sha256", splits.sha256) != splits.sha256:  # runs of version 0.1 have none
         differences.append(f"the images of {splits.info.name} are not those that the run began with")
     if differences and not config.checkpoint.allow_change:
-        advice = "set it back, give another run.name, or set checkpoint.allow_change=true"
-        raise UserError(*(f"{stored.folder}: {difference}; {advice}" for difference in differences))
+        raise UserError(*(f"{stored.folder}: {difference}; {CHANGE_ADVICE}" for difference in differences))
 
 
 def _check_state(stored: Checkpoint) -> None:

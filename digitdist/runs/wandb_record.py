@@ -10,7 +10,7 @@ from typing import Any
 
 from digitdist.errors import in_one_line
 from digitdist.files import atomic_write, parse_json, read_plain
-from digitdist.runs.metrics import LARGEST, read_metrics
+from digitdist.runs.metrics import read_json_lines, read_metrics
 from digitdist.runs.wandb_media import Media, is_whole
 
 OPTIONS, MEDIA = "run.json", "media.jsonl"
@@ -70,21 +70,8 @@ def stored_rows(
 
 def _media_lines(folder: Path, report: Callable[[str], None]) -> list[dict[str, Any]]:
     """The whole lines of ``media.jsonl``, but for a last one that was cut short. Raises OSError where it cannot be read."""
-    file = folder / "wandb" / MEDIA
-    try:
-        lines = read_plain(file, LARGEST).split(b"\n")[:-1]
-    except FileNotFoundError:
-        return []
-    found = [line for text in lines if (line := _media_line(text))]
-    if len(found) < len(lines):
-        report(f"{file}: {len(lines) - len(found)} damaged lines are left out")
-    return found
+    return read_json_lines(folder / "wandb" / MEDIA, _is_media, report)
 
 
-def _media_line(text: bytes) -> dict[str, Any] | None:
-    try:
-        line = parse_json(text.strip(b"\0"))  # as in `read_metrics`
-    except ValueError:
-        return None
-    is_line = isinstance(line, dict) and type(line.get("step")) is int and isinstance(line.get("name"), str)
-    return line if is_line and is_whole(line.get("media")) else None
+def _is_media(value: dict[str, Any]) -> bool:
+    return isinstance(value.get("name"), str) and is_whole(value.get("media"))

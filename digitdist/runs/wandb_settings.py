@@ -19,6 +19,7 @@ MODES = {
     "dryrun": "offline",
     "disabled": "disabled",
 }
+BAD_IN_RUN_ID = set(":;,#?/'")
 NO = ("", "0", "false", "no", "off", "n", "f")
 
 
@@ -121,7 +122,7 @@ def _bad_project(where: str, name: str) -> str | None:
 
 
 def _bad_run_id(name: str) -> str | None:
-    bad = sorted(set(name) & set(":;,#?/'"))
+    bad = sorted(set(name) & BAD_IN_RUN_ID)
     if bad:
         return f"WANDB_RUN_ID={name}: W&B takes no {' '.join(bad)} in a run's id; give another, or unset it"
     if name != name.strip():

@@ -17,7 +17,7 @@ from digitdist.checkpoint import folder_name
 from digitdist.errors import UserError, in_one_line
 from digitdist.files import parse_json, read_plain
 from digitdist.runs.attempts import read_attempts
-from digitdist.runs.folder import RESULT
+from digitdist.runs.folder import LOCK, RESULT
 from digitdist.runs.metrics import METRICS
 from digitdist.runs.wandb_record import read_options, stored_rows
 from digitdist.runs.wandb_server import why_offline
@@ -72,7 +72,7 @@ def _not_training(folder: Path) -> Iterator[None]:
     Raises:
         UserError: one works in it.
     """
-    lock = FileLock(folder / ".lock")
+    lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)
     except Timeout:

@@ -14,10 +14,10 @@ from digitdist.errors import UserError, in_one_line
 from digitdist.model_state import load_model_state, load_transient_buffers
 from digitdist.models import build_model
 from digitdist.optim import build_optimizer, learning_rate, state_tensors
+from digitdist.runs import CHANGE_ADVICE
 from digitdist.sync import OF_A_RANK
 from digitdist.train.setup import Setup
 
-ADVICE = "set it back, give another run.name, or set checkpoint.allow_change=true"
 OF_IMAGES = ("seed", "data.validation")  # which images are held out
 
 
@@ -39,7 +39,7 @@ def fitting(setup: Setup, stored: Checkpoint) -> tuple[Checkpoint, list[str]]:
         dropped, more = part(setup, stored)
         drop, lines = drop | dropped, lines + more
     if lines and not setup.config.checkpoint.allow_change:
-        raise UserError(*(f"{stored.folder}: {line}; {ADVICE}" for line in lines))
+        raise UserError(*(f"{stored.folder}: {line}; {CHANGE_ADVICE}" for line in lines))
     dropped, more = _strategy(setup, stored, drop)  # which another world size may change
     kept = {name: group for name, group in stored.tensors.items() if name not in drop | dropped}
     state = {name: None if name in drop else value for name, value in stored.state.items()}
