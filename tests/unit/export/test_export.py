@@ -237,7 +237,7 @@ def test_a_failure_leaves_an_older_file_as_it_was(here: Path, monkeypatch: pytes
     call("a", "--format", "safetensors")
     before = (here / "export/model.safetensors").read_bytes()
     monkeypatch.setattr(checkpoint.os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(UserError, match=r"model\.safetensors: No space left on device; make room"):
         call("a", "--format", "safetensors")
     assert {path.name: path.read_bytes() for path in (here / "export").iterdir()} == {"model.safetensors": before}
 
