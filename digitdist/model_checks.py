@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ BUILT_IN_TWO_WAYS = (
     " torch, numpy.random or random, not from a generator of your own (or, with sync.mode=ddp, set sync.check_every=0: rank 0's"
     " are taken)"
 )
+OF_EVERY_MODULE = {"training", *vars(nn.Module())}  # parameters and buffers among them
 NOT_IN_EXACT = "; sync.mode=exact can have that in buffers alone: keep it in one (register_buffer), or choose another sync.mode"
 
 Build = Callable[[], nn.Module]
@@ -36,11 +38,13 @@ class Traits:
     """What trials have shown of a network.
 
     `layout_problem`: why it does not take channels-last memory, "" where it does. `one_graph`: whether each gradient comes
-    through the graph of the loss, and none from a backward pass inside the backward pass.
+    through the graph of the loss, and none from a backward pass inside the backward pass. `counting`: plain attributes that
+    the same forward pass leaves otherwise when it is repeated, as a counter of passes.
     """
 
     layout_problem: str = ""
     one_graph: bool = True
+    counting: tuple[str, ...] = ()
 
     @property
     def layout(self) -> torch.memory_format:
@@ -111,7 +115,7 @@ def inspect_model(
                 f" {parts.advice(count)}"
             )
         _check_evaluated(build(), *images(parts.evaluated), bf16)
-        return Traits(layout_problem(build, *images(count), bf16, found.logits), found.one_graph)
+        return Traits(layout_problem(build, *images(count), bf16, found.logits), found.one_graph, found.counting)
 
 
 def _images(count: int) -> str:
@@ -161,12 +165,14 @@ def _check_repeatable(state: dict[str, Tensor], again: dict[str, Tensor]) -> Non
 class _Outcome:
     logits: Tensor
     one_graph: bool
+    counting: tuple[str, ...] = ()
 
 
 def _trial(model: nn.Module, pixels: Tensor, labels: Tensor, num_classes: int, bf16: bool, mode: str = "") -> _Outcome:
-    """Two training steps without an update, and an evaluation between them; for ``exact``, the first step once more."""
-    shapes, before, saved, attributes = _shapes(model), _outside_buffers(model), SavedBuffers(model), _attributes(model)
+    """Two training steps without an update, and an evaluation between them; with a `mode`, the first step once more."""
+    shapes, before, saved = _shapes(model), _outside_buffers(model), SavedBuffers(model)
     first, one_graph = _train_once(model, pixels, labels, num_classes, bf16)
+    attributes = _attributes(model)
     logits = _evaluate_once(model, pixels, num_classes, bf16)
     one_graph &= _train_once(model, pixels, labels, num_classes, bf16, seed=1)[1]
     changed = sorted(name for name, shape in (_shapes(model).items() ^ shapes.items()))
@@ -174,18 +180,22 @@ def _trial(model: nn.Module, pixels: Tensor, labels: Tensor, num_classes: int, b
         raise UserError(
             f"{changed[0]} changes its shape or dtype in forward, or is made there; make it in __init__, at full size"
         )
+    if not mode:
+        return _Outcome(logits, one_graph)
+    now = _outside_buffers(model)
+    saved.restore()
+    again, _ = _train_once(model, pixels, labels, num_classes, bf16)
+    counting = tuple(sorted(name for name, value in _attributes(model).items() if attributes.get(name) != value))
     if mode == "exact":
-        now = _outside_buffers(model)
         for name in sorted(name for name in before if before[name] != now.get(name)):
             raise UserError(f"{name} changes in forward{NOT_IN_EXACT}")
-        saved.restore()
-        if not torch.equal(_train_once(model, pixels, labels, num_classes, bf16)[0], first):
-            places = ", ".join(sorted(name for name, value in _attributes(model).items() if attributes.get(name) != value))
+        if not torch.equal(again, first):
+            places = ", ".join(counting)
             raise UserError(
                 "a forward pass gives other logits for the same images, seed, weights and buffers: the model keeps something"
                 f" from one to the next{f', perhaps in {places}' if places else ''}{NOT_IN_EXACT}"
             )
-    return _Outcome(logits, one_graph)
+    return _Outcome(logits, one_graph, counting)
 
 
 def _outside_buffers(model: nn.Module) -> dict[str, str]:
@@ -195,13 +205,24 @@ def _outside_buffers(model: nn.Module) -> dict[str, str]:
 
 
 def _attributes(model: nn.Module) -> dict[str, str]:
-    """The numbers and tensors that modules have as plain attributes, by name, each as a text that tells two apart."""
-    return {
-        f"{name}.{key}".lstrip("."): weights_sha256({"": value}) if isinstance(value, Tensor) else repr(value)
-        for name, module in model.named_modules()
-        for key, value in vars(module).items()
-        if isinstance(value, Tensor | int | float) and not isinstance(value, bool)
-    }
+    """What modules have as plain attributes, by name, as texts of the numbers and tensors in it."""
+    named = ((name, key, value) for name, module in model.named_modules() for key, value in vars(module).items())
+    return {f"{name}.{key}".lstrip("."): _numbers(value) for name, key, value in named if key not in OF_EVERY_MODULE}
+
+
+def _numbers(value: object) -> str:
+    """A text that tells the numbers and tensors in `value` from others, also in lists and dicts of them."""
+    match value:
+        case Tensor():
+            return weights_sha256({"": value})
+        case int() | float():
+            return repr(value)
+        case list() | tuple() | deque():
+            return f"[{', '.join(map(_numbers, value))}]"
+        case dict():
+            return _numbers(list(value.values()))
+        case _:
+            return ""
 
 
 def _train_once(

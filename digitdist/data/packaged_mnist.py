@@ -14,6 +14,7 @@ from digitdist.data.datasets import ImageSet
 from digitdist.errors import UserError
 from digitdist.files import TEMPORARY, atomic_write
 
+WAY_OUT = "give a folder you can write to, with 55 MB of room"
 FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
@@ -48,7 +49,7 @@ def _unpacked(path: Path, sha256: str) -> bytearray:
             content = _verified(path, sha256)  # another process may have been faster
             return _unpack(path, sha256) if content is None else content
     except OSError as error:
-        raise UserError(f"data.root: {error.filename or path}: {error.strerror}; give a folder you can write to") from None
+        raise UserError(f"data.root: {error.filename or path}: {error.strerror}; {WAY_OUT}") from None
 
 
 def _verified(path: Path, sha256: str) -> bytearray | None:

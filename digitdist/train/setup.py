@@ -59,6 +59,11 @@ class Setup:
         config, notes = self.config, []
         if self.traits.layout_problem:
             notes.append(f"layout     contiguous, since the model does not take channels-last: {self.traits.layout_problem}")
+        if self.traits.counting:
+            notes.append(
+                f"attributes {', '.join(self.traits.counting)} of the model: changed by each forward pass, and no buffer. If a"
+                " pass reads that, results depend on restarts and world size; keep it in a buffer (register_buffer)"
+            )
         several_ranks = config.sync.mode == "ddp" and self.plan.world.size > 1
         if several_ranks and has_batch_norm(self.model) and not config.sync.batch_norm:
             notes.append(

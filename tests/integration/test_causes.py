@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from helpers.disk import small_disk
 from helpers.launching import BIN, CLEAN, QUIET, ROOT, accelerate, python, start_process, torchrun
 from helpers.runs import result, wait_for_step
 
@@ -84,3 +85,15 @@ def test_a_forgotten_default_configuration_of_accelerate_is_named(place: Path):
     done = accelerate("--config_file", str(ROOT / "launch/one_cpu.yaml"), *SHORT, "run.name=b", cwd=place, env=env)
     assert done.code == 0, done.err
     assert "launcher " not in done.out
+
+
+@pytest.mark.cluster  # it mounts a disk
+def test_a_disk_that_mnist_does_not_fit_is_named_and_left_as_it_was(tmp_path: Path):
+    with small_disk(tmp_path / "disk", "20m"):
+        free = shutil.disk_usage(tmp_path / "disk").free
+        done = python(*SHORT, f"data.root={tmp_path / 'disk'}", cwd=tmp_path)
+        assert done.code == 2
+        (line,) = done.errors
+        assert "train-images-idx3-ubyte" in line
+        assert line.endswith("No space left on device; give a folder you can write to, with 55 MB of room")
+        assert shutil.disk_usage(tmp_path / "disk").free >= free - 65536  # folders and a lock

@@ -11,7 +11,8 @@ import time
 from functools import partial
 from pathlib import Path
 
-from soak.disk import small_disk
+from helpers.disk import small_disk
+
 from soak.driver import Soak
 from soak.launches import TRAININGS
 

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.disk import small_disk
 
 from digitdist.checkpoint import Checkpoint, write
 from soak import damage, faults
 from soak.checks import Attempt, Record, final_problems
 from soak.checks import problems as attempt_problems
 from soak.damage import Damage
-from soak.disk import small_disk
 from soak.driver import Soak
 from soak.faults import Fault
 from soak.launches import LAST_STEP, Launch

@@ -144,6 +144,12 @@ def test_what_it_changes_in_buffers_or_only_remembers_is_taken(name: str):
     assert inspect(getattr(awkward, name), mode="exact").one_graph
 
 
+@pytest.mark.parametrize("mode", ["ddp", "exact", "local"])
+def test_what_counts_passes_outside_of_buffers_is_named_also_where_no_logits_show_it_yet(mode: str):
+    assert inspect(awkward.LateCounter, mode=mode).counting == ("seen",)
+    assert inspect(awkward.Remembers, mode=mode).counting == ()
+
+
 def test_the_smallest_part_of_an_evaluation_is_tried_too():
     assert inspect(awkward.PairsInEvaluation, evaluated=2).one_graph
     with pytest.raises(UserError, match=r"cannot be evaluated on 3 images at once .*choose another data\.eval_batch_size"):

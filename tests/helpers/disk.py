@@ -9,16 +9,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-SIZE = "16m"
-
 
 @contextlib.contextmanager
-def small_disk(folder: Path) -> Iterator[None]:
+def small_disk(folder: Path, size: str = "16m") -> Iterator[None]:
     """Makes `folder`, which is a small file system of its own where this is root on Linux, until the block ends."""
     folder.mkdir()
     may_mount = sys.platform == "linux" and os.geteuid() == 0
     if may_mount:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "soak", str(folder)], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "small", str(folder)], check=True)
     try:
         yield
     finally:
