@@ -18,6 +18,10 @@ class UserError(Exception):
         return "\n       ".join(self.mistakes)  # aligned under the first one, which follows "error: "
 
 
+class NotJoined(UserError):
+    """A rank was not there in time. A launcher that may start the workers again is left to do so."""
+
+
 class Fault(Exception):
     """A fault that every rank has seen at the same place. The main rank prints its traceback. Exit code 1."""
 

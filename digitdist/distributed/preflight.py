@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
-from digitdist.errors import UserError
+from digitdist.errors import NotJoined, UserError
 from digitdist.world import World, read_world, restart_count, under_torchelastic
 
 MOST_NAMED = 16  # ranks in one line
@@ -27,17 +27,13 @@ _calls = itertools.count()  # a program may train several times in the same proc
 _stores: list[dist.Store] = []  # kept as long as this process lives: the process group meets in the same store
 
 
-class NoAnswer(UserError):
-    """Rank 0 cannot be reached."""
-
-
 def run_preflight(world: World, fingerprint: dict[str, str], timeout_s: float, mistakes: Sequence[str] = ()) -> None:
     """Waits for every rank and compares their fingerprints, name to value. Collective: every rank must call it, before the
     process group is made, also one that has found `mistakes` of its own.
 
     Raises:
-        UserError: the same on every rank: a rank is missing after `timeout_s`, two have the same number, two differ in a
-            value, or one has found a mistake.
+        NotJoined: a rank is missing after `timeout_s`.
+        UserError: the same on every rank: two have the same number, two differ in a value, or one has found a mistake.
     """
     if world.size == 1:
         return
@@ -50,14 +46,15 @@ def run_preflight(world: World, fingerprint: dict[str, str], timeout_s: float, m
         store = dist.PrefixStore(f"preflight {restart_count() if agent else 0}.{call}", _stores[0])
         store.set(f"fingerprint {store.add('fingerprints', 1)}", json.dumps(own))
         if world.rank == 0:
-            store.set("verdict", "\n".join(_compare(store, own, world, timeout_s)))
+            missing, problems = _compare(store, own, world, timeout_s)
+            store.set("verdict", json.dumps([missing, problems]))
         store.wait(["verdict"], limit + timedelta(seconds=10))
-        verdict = store.get("verdict").decode()
+        missing, problems = json.loads(store.get("verdict"))
     except dist.DistError as error:
-        raise NoAnswer(_no_answer(world, address, timeout_s, serves, error)) from None
-    if verdict:
+        raise NotJoined(_no_answer(world, address, timeout_s, serves, error)) from None
+    if problems:
         _await_readers(store, world)
-        raise UserError(*verdict.split("\n"))
+        raise (NotJoined if missing else UserError)(*problems)
     if call or (agent and restart_count()):
         _leave_used_store(store, world)
 
@@ -68,7 +65,7 @@ def raise_on_all_ranks(error: UserError) -> NoReturn:
         world = read_world()
     except UserError:
         raise error from None  # which says so
-    with contextlib.suppress(NoAnswer):  # which is no news beside its own mistake
+    with contextlib.suppress(NotJoined):  # which is no news beside its own mistake
         run_preflight(world, {}, REFUSAL_TIMEOUT_S, error.mistakes)
     raise error
 
@@ -85,27 +82,28 @@ def _leave_used_store(store: dist.Store, world: World) -> None:
     os.environ |= {"MASTER_PORT": store.get("port").decode(), "TORCHELASTIC_USE_AGENT_STORE": "False"}
 
 
-def _compare(store: dist.Store, own: dict[str, Any], world: World, timeout_s: float) -> list[str]:
-    """What is wrong with the fingerprints of all ranks, taken in the order in which they arrive; empty if nothing is."""
+def _compare(store: dist.Store, own: dict[str, Any], world: World, timeout_s: float) -> tuple[bool, list[str]]:
+    """Whether a rank is missing, and what is wrong with the fingerprints of all, taken in the order in which they arrive."""
     if own["mistakes"]:
-        return _mistakes_of(own, world)
+        return False, _mistakes_of(own, world)
     hosts: dict[int, str] = {}  # of each rank that has arrived
     deadline = time.monotonic() + timeout_s
     for number in itertools.count(1):
         try:
             store.wait([f"fingerprint {number}"], timedelta(seconds=max(0.01, deadline - time.monotonic())))
         except dist.DistError:
-            return [_missing_ranks(hosts, world, timeout_s)]
+            return True, [_missing_ranks(hosts, world, timeout_s)]
         other = json.loads(store.get(f"fingerprint {number}"))
         rank, host = other["rank"], other["host"]
         differences = _mistakes_of(other, world) if other["mistakes"] else _differences(own, other)
         if differences:
-            return differences
+            return False, differences
         if rank in hosts and not under_torchelastic():  # torchrun numbers ranks itself, anew at each rendezvous
-            return [f"two processes say that they are rank {rank}, on {hosts[rank]} and on {host}; give each host its own RANK"]
+            twice = f"two processes say that they are rank {rank}, on {hosts[rank]} and on {host}; give each host its own RANK"
+            return False, [twice]
         hosts[rank] = host
         if len(hosts) == world.size:
-            return []
+            return False, []
     raise AssertionError
 
 

@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from digitdist.distributed.launcher import end_restarting_launcher, follow_launcher
 from digitdist.distributed.output import ExpendableStream, make_expendable, take_all_characters
-from digitdist.errors import EXIT_FAULT, EXIT_STOPPED, EXIT_USER_ERROR, Fault, PeerFailed, Stopped, UserError
+from digitdist.errors import EXIT_FAULT, EXIT_STOPPED, EXIT_USER_ERROR, Fault, NotJoined, PeerFailed, Stopped, UserError
 from digitdist.world import is_main, print_main, under_torchelastic
 
 REPORT_GRACE_S = 30.0  # in which another rank of this host may report an error, and the launcher end this one
@@ -41,7 +41,8 @@ def run_command(main: Callable[[], None]) -> NoReturn:
             sys.stdout.flush()
     except UserError as error:
         _report_once_a_host(f"error: {error}")
-        end_restarting_launcher()
+        if not isinstance(error, NotJoined):
+            end_restarting_launcher()
         code = EXIT_USER_ERROR
     except Stopped as stop:
         print_main(str(stop))

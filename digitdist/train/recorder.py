@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from accelerate import Accelerator
 
 from digitdist.checkpoint import folder_name, weights_sha256
 from digitdist.data import AnySet, displayable
+from digitdist.errors import Fault, in_one_line
 from digitdist.evaluate import Evaluation, save_predictions
 from digitdist.files import atomic_write, remove
 from digitdist.model_state import model_state
@@ -100,20 +103,26 @@ class Recorder:
         self.tracker.close()
 
     def finish(self, result: Evaluation, test: AnySet, memory: list[dict[str, float | None]]) -> None:
-        """Writes predictions and result, and shows them; `memory` is the peak memory of each rank."""
+        """Writes predictions and result, and shows them; `memory` is the peak memory of each rank.
+
+        Raises:
+            Fault: one of the two cannot be written; the last checkpoint is there, from which they are made again.
+        """
         self.display.close()
         self._end_profile()
         if not self.is_main:
             return
         record = self._result(result, memory)
-        save_predictions(result, self.run.folder / PREDICTIONS)
+        with _needed_at_the_end(PREDICTIONS):
+            save_predictions(result, self.run.folder / PREDICTIONS)
         images, seconds = self.order.images_seen(self.state.step), self.state.train_seconds
         self.display.print(f"\n{self.data_set} test: {result}")
         if seconds:
             self.display.print(f"trained {images:,} images in {seconds:.1f} s, {images / seconds:,.0f} images/s")
         self.tracker.finish(record, {"test/worst_mistakes": _worst_mistakes(result, test)}, self._weights_file())
         # Last, since a run that has its result is finished: one that is killed before is ended again, for W&B too.
-        atomic_write(self.run.folder / RESULT, json.dumps(record, indent=1).encode() + b"\n")
+        with _needed_at_the_end(RESULT):
+            atomic_write(self.run.folder / RESULT, json.dumps(record, indent=1).encode() + b"\n")
         remove(self.run.stop_file)  # of a request that came too late
         folder = shlex.quote(str(self.run.folder))
         self.display.print(f"files in {self.run.folder}; next: python -m digitdist.evaluate {folder}")
@@ -147,6 +156,16 @@ class Recorder:
             return None
         name = "ema" if self.config.optim.ema else "model"
         return self.run.checkpoints / folder_name(self.state.step) / f"{name}.safetensors"
+
+
+@contextlib.contextmanager
+def _needed_at_the_end(name: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise Fault(
+            f"{name} cannot be written ({in_one_line(error)}); the last checkpoint is there: the same command makes it again"
+        ) from None
 
 
 def _worst_mistakes(result: Evaluation, test: AnySet) -> Media:

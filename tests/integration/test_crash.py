@@ -201,6 +201,26 @@ def test_restarts_without_progress_stop_with_the_cause(place: Path):
     assert "a fault that a test has asked for" in done.err.rpartition("without a step of progress")[2]
 
 
+LATE = """
+import os, runpy, sys, time
+if (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == (sys.argv.pop(1), "0"):
+    time.sleep(600)
+runpy.run_module("digitdist.train", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [soak(0), 1])
+def test_a_rank_that_has_not_joined_is_named_and_a_launcher_may_start_it_again(place: Path, unbroken: Path, rank: int):
+    (place / "late.py").write_text(LATE)
+    options = (*EXACT[2:], "sync.join_timeout_s=4")
+    done = torchrun(2, *RESTARTS, "--rdzv_endpoint", "127.0.0.1:0", "late.py", str(rank), *options, cwd=place)
+    assert done.code == 0, done.err
+    assert len(done.errors) == 1
+    assert "within sync.join_timeout_s=4" in done.errors[0]
+    assert_same_run(place / "runs/a", unbroken)
+
+
 @pytest.mark.slow
 def test_a_launcher_that_is_to_start_over_does_so_once(place: Path, unbroken: Path):
     shutil.copytree(unbroken, place / "runs/a")

@@ -414,6 +414,22 @@ def test_a_full_disk_is_told_once_and_leaves_no_folder(here: Path, trained: Path
     assert_same_run(A, trained / "runs/a")
 
 
+@pytest.mark.parametrize(("writer", "name"), [("atomic_write", "result.json"), ("save_predictions", "predictions.npz")])
+def test_a_disk_that_is_full_at_the_end_is_a_fault_and_the_run_ends_later(
+    here: Path, trained: Path, monkeypatch: pytest.MonkeyPatch, writer: str, name: str
+):
+    def fail(*_: object) -> None:
+        raise OSError(28, os.strerror(28), name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"digitdist.train.recorder.{writer}", fail)
+        with pytest.raises(Fault, match=rf"^{name} cannot be written \(.*No space left.*\); the last checkpoint is there"):
+            train(ARGUMENTS)
+        assert not (A / "result.json").exists()
+    train(ARGUMENTS)
+    assert_same_run(A, trained / "runs/a")
+
+
 def test_restarts_in_vain_end_with_their_cause_also_where_that_is_not_known(here: Path):
     from digitdist.runs.attempts import check_progress
 

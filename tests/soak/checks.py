@@ -68,8 +68,8 @@ def problems(attempt: Attempt) -> Iterator[str]:
     full_at_start = attempt.disk_was_full and FULL in attempt.output
     frozen = any("frozen for good" in fault.done for fault in attempt.faults)
     refusals = [line for line in attempt.output.splitlines() if line.startswith("error:")]
-    if frozen:  # before it has joined, it is one that has not come
-        refusals = [line for line in refusals if "has not come within sync.join_timeout_s" not in line]
+    if frozen:  # before it has joined, it is one that has not come, or rank 0 does not answer
+        refusals = [line for line in refusals if "within sync.join_timeout_s" not in line]
     if refusals and not full_at_start:
         yield f"a mistake of the user's is reported: {refusals}"
     hit_checkpoints = any(found.hits("checkpoints") for found in attempt.damages)
