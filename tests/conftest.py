@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+os.environ["GOMP_SPINCOUNT"] = "0"  # read when torch is imported: tests run side by side, and threads that spin slow each other
+
 import pytest
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration

@@ -12,6 +12,7 @@ from helpers.data_sets import write_folder
 from helpers.launching import QUIET, ROOT, Outcome, python, torchrun
 from helpers.runs import assert_same_run, result
 from helpers.simulated_device import unsupported
+from helpers.variants import soak
 
 from digitdist.data import Splits
 
@@ -158,7 +159,7 @@ def test_two_short_runs_have_the_cpus_bits_and_the_host_waits_only_where_somethi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, soak(2), 3])
 def test_in_every_mode_with_every_option_runs_have_the_cpus_bits_and_the_host_waits_only_where_something_is_due(
     tmp_path: Path, splits: Splits, world_size: int
 ):

@@ -120,10 +120,13 @@ OPTIONS = {
 
 @pytest.mark.slow
 @pytest.mark.timeout(500)
+@pytest.mark.parametrize("worlds", [(1, 3), soak(WORLDS)], ids=str)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_an_exact_run_is_the_same_run_on_any_world(tmp_path: Path, mnist_root: Path, options: tuple[str, ...]):
+def test_an_exact_run_is_the_same_run_on_any_world(
+    tmp_path: Path, mnist_root: Path, options: tuple[str, ...], worlds: tuple[int, ...]
+):
     found = []
-    for world_size in WORLDS:
+    for world_size in worlds:
         place = tmp_path / str(world_size)
         place.mkdir()
         (place / "data").symlink_to(mnist_root)
