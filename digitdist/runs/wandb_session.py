@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -51,6 +52,8 @@ class Session:
             resume="allow" if mode == "online" else None,
             settings=wandb.Settings(**{name: value for name, value in settings.items() if name in known}),
         )
+        for handler in logging.getLogger("wandb").handlers:  # of its debug.log, on a disk that may be full
+            handler.handleError = lambda record: None  # type: ignore[method-assign]
         self.run.define_metric("*", step_metric="step")
         self.files = Path(self.run.dir)  # where wandb keeps charts and tables until they are sent
         self.first_step: int = self.run.starting_step if mode == "online" else 0

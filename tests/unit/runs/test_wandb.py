@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import os
 import sys
 import time
@@ -410,6 +412,20 @@ def test_two_attempts_within_a_second_have_folders_of_their_own(tmp_path: Path, 
 
 
 # What the folder keeps
+
+
+def test_wandbs_own_log_on_a_full_disk_is_no_traceback(
+    tmp_path: Path, module: StandIn, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    class Full(io.StringIO):
+        def flush(self) -> None:
+            raise OSError(28, "No space left on device")
+
+    logger = logging.getLogger("wandb")
+    monkeypatch.setattr(logger, "handlers", [logging.StreamHandler(Full())])
+    Session(module, tmp_path, "offline", {"id": "id", "name": "a"}, {})
+    logger.warning("this does not fit")
+    assert capsys.readouterr().err == ""
 
 
 def test_charts_and_tables_come_back_as_they_were(tmp_path: Path, module: StandIn):
