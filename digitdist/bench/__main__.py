@@ -11,6 +11,7 @@ import signal
 
 from digitdist.bench.one_process import measure_one_process
 from digitdist.bench.recipes import RECIPES, measure_recipes
+from digitdist.bench.roofline import measure_roofline
 from digitdist.bench.shortcuts import measure_shortcuts
 from digitdist.bench.table import table
 from digitdist.bench.worlds import measure_as_rank, measure_world
@@ -36,6 +37,7 @@ def main() -> None:
     parser.add_argument("--recipes", action="store_true", help=f"measure the recipes {', '.join(RECIPES)} of configs/ instead")
     parser.add_argument("--seeds", type=int, default=20, metavar="N", help="of --recipes: seeds 0 to N-1 (default: 20)")
     parser.add_argument("--shortcuts", action="store_true", help="measure instead what each shortcut saves")
+    parser.add_argument("--roofline", action="store_true", help="show instead where the time of a step on the CPU goes")
     arguments = parser.parse_args()
     for name in ("world", "repeats", "seeds"):
         if getattr(arguments, name) < 1:
@@ -44,6 +46,8 @@ def main() -> None:
         measure_recipes(arguments.seeds, arguments.overrides)
     elif arguments.shortcuts:
         measure_shortcuts(arguments.overrides, arguments.repeats)
+    elif arguments.roofline:
+        measure_roofline(arguments.overrides, arguments.repeats)
     elif arguments.rank:
         measured = measure_as_rank(arguments.overrides, arguments.repeats)
         if is_main():

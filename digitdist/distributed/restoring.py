@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import os
 import random
 import signal
@@ -48,6 +49,7 @@ def process_restored(command: list[str]) -> Iterator[None]:
         for name in ("argv", "stdout", "stderr"):
             stack.callback(setattr, sys, name, getattr(sys, name))
         stack.callback(_restore_environment, dict(os.environ))
+        stack.callback(setattr, logging, "raiseExceptions", logging.raiseExceptions)
         if threading.current_thread() is threading.main_thread():  # which alone may set handlers
             for number in SIGNALS:
                 stack.callback(signal.signal, number, signal.getsignal(number))

@@ -24,7 +24,11 @@ SETTINGS = {
 
 
 def prepare_environment(place: Path, mode: str) -> None:
-    """Sets what wandb reads from the environment; before it is imported. An artifact waits in `place`."""
+    """Sets what wandb reads from the environment; before it is imported. An artifact waits in `place`.
+
+    Where wandb's own debug.log does not fit the disk, no line of it prints a traceback.
+    """
+    logging.raiseExceptions = False
     for name in [name for name, value in os.environ.items() if name.startswith("WANDB_") and not value]:
         del os.environ[name]  # wandb would take the empty text for a value
     os.environ["WANDB_MODE"] = mode  # for it refuses a value that it does not know, even where it is told another
@@ -52,8 +56,6 @@ class Session:
             resume="allow" if mode == "online" else None,
             settings=wandb.Settings(**{name: value for name, value in settings.items() if name in known}),
         )
-        for handler in logging.getLogger("wandb").handlers:  # of its debug.log, on a disk that may be full
-            handler.handleError = lambda record: None  # type: ignore[method-assign]
         self.run.define_metric("*", step_metric="step")
         self.files = Path(self.run.dir)  # where wandb keeps charts and tables until they are sent
         self.first_step: int = self.run.starting_step if mode == "online" else 0

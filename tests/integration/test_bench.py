@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from helpers.launching import python
 
+from digitdist.bench.roofline import STEPS, Work, rows
 from digitdist.bench.table import table
 from digitdist.bench.worlds import ONE_SHARD_A_RANK
 
@@ -46,6 +47,29 @@ def test_the_table_has_ratios_of_the_same_turn_and_says_what_helps():
     assert any("3.00 s   peak 600 MB" in line for line in lines)
     assert any("train.compile=default" in line and line.endswith("0.50 of the speed: costs") for line in lines)
     assert lines[-1] == "this machine is limited by compute: 80 % of a step"
+
+
+def test_the_roofline_of_an_operation_is_its_arithmetic_or_its_memory_whichever_takes_longer():
+    turn = {
+        "convolution 2×3": Work(flops=STEPS * 2_000_000, bytes=STEPS * 1000, seconds=STEPS * 0.004),
+        "relu 2×3": Work(flops=0, bytes=STEPS * 3_000_000, seconds=STEPS * 0.006),
+    }
+    head, relu, convolution, both, last = rows([turn, turn], flops=1e9, bandwidth=1e9, step=0.011)
+    assert head.split() == ["operation,", "its", "largest", "tensor", "ms", "of", "all", "GFLOP/s", "GB/s", "×", "roofline"]
+    assert relu.split() == ["relu", "2×3", "6.000", "60.0%", "0", "0", "2.0"]
+    assert convolution.split() == ["convolution", "2×3", "4.000", "40.0%", "0", "0", "2.0"]
+    assert both.split() == ["all", "2", "operations", "10.000", "100%", "2.0"]
+    assert last == "a step takes 11.000 ms, of which 5.000 ms is what the roofline allows"
+
+
+@pytest.mark.slow
+def test_the_roofline_counts_what_the_default_network_needs(place: Path):
+    done = python("-m", "digitdist.bench", "--roofline", "--repeats", "1", "data.batch_size=10", cwd=place)
+    assert done.code == 0, done.err
+    first, _, *found = done.out.splitlines()
+    assert re.match(r"cnn, batch 10, fp32, \d threads, .+: \d+ GFLOP/s in a matrix product, \d+ GB/s in a sum", first)
+    assert any(line.startswith("convolution_backward 10×10×12×12 ") for line in found)
+    assert re.match(r"a step takes [\d.]+ ms, of which [\d.]+ ms is what the roofline allows", found[-1])
 
 
 @pytest.mark.slow

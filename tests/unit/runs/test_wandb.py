@@ -27,7 +27,7 @@ from digitdist.runs.wandb_media import draw
 from digitdist.runs.wandb_record import begin_record, keep_media, read_options, stored_rows
 from digitdist.runs.wandb_run import WandbRun
 from digitdist.runs.wandb_server import has_wandb_key, wandb_mode
-from digitdist.runs.wandb_session import Session
+from digitdist.runs.wandb_session import Session, prepare_environment
 from digitdist.runs.wandb_settings import chosen_mode, init_options
 from digitdist.runs.wandb_sync import are_lines_lost
 
@@ -415,7 +415,7 @@ def test_two_attempts_within_a_second_have_folders_of_their_own(tmp_path: Path, 
 
 
 def test_wandbs_own_log_on_a_full_disk_is_no_traceback(
-    tmp_path: Path, module: StandIn, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     class Full(io.StringIO):
         def flush(self) -> None:
@@ -423,7 +423,8 @@ def test_wandbs_own_log_on_a_full_disk_is_no_traceback(
 
     logger = logging.getLogger("wandb")
     monkeypatch.setattr(logger, "handlers", [logging.StreamHandler(Full())])
-    Session(module, tmp_path, "offline", {"id": "id", "name": "a"}, {})
+    monkeypatch.setattr(logging, "raiseExceptions", True)
+    prepare_environment(tmp_path, "offline")
     logger.warning("this does not fit")
     assert capsys.readouterr().err == ""
 
