@@ -101,7 +101,9 @@ def _problems_of_end(attempt: Attempt, hit_checkpoints: bool) -> Iterator[str]:
 
 def _problems_of_stop(attempt: Attempt, stop: Fault, hit_checkpoints: bool) -> Iterator[str]:
     if stop.how == "INT twice":
-        if attempt.seconds_from_last_fault > 15:
+        # Launchers give a process 30 s to end, and one that is frozen needs them all.
+        allowed = 45 if any("frozen for good" in fault.done for fault in attempt.faults) else 15
+        if attempt.seconds_from_last_fault > allowed:
             yield f"two ^C took {attempt.seconds_from_last_fault:.0f} s"
         return
     if not (stop.in_training and stop.at) or attempt.code == 0:
