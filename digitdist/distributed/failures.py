@@ -15,7 +15,8 @@ import torch.distributed as dist
 from digitdist.distributed.heartbeat import NOTICED, RAISED, RUNNING, Beat, Heartbeat
 from digitdist.distributed.launcher import PSUTIL_ERRORS
 
-GLOO_SOURCE = re.compile(r"\[\S*/gloo/\S+\.(cc|h):\d+\] ")  # with which gloo begins what it says
+# Gloo begins what it says with a place in its sources, but for this.
+OF_GLOO = re.compile(r"\[\S*/gloo/\S+\.(cc|h):\d+\] |Application timeout caused pair closure")
 SEARCH_S = 2.0  # in which a process that was just killed is seen as gone
 
 
@@ -30,10 +31,10 @@ class FailedRank:
 def is_collective_failure(error: BaseException) -> bool:
     """True for the error of a collective in which another rank did not take part.
 
-    torch has types for the errors of NCCL and the store, and raises a plain `RuntimeError` for gloo's, which names a place in
-    gloo's sources. Either comes out of a call of torch's, or of ours, never out of a user's data set or network.
+    torch has types for the errors of NCCL and the store, and raises a plain `RuntimeError` for gloo's, which is known by its
+    text. Either comes out of a call of torch's, or of ours, never out of a user's data set or network.
     """
-    is_gloos = type(error) is RuntimeError and GLOO_SOURCE.search(str(error)) is not None
+    is_gloos = type(error) is RuntimeError and OF_GLOO.search(str(error)) is not None
     return (is_gloos or isinstance(error, dist.DistError)) and _is_raised_here(error)
 
 

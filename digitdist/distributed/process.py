@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from digitdist.distributed.launcher import end_restarting_launcher, follow_launcher
+from digitdist.distributed.launcher import end_restarting_launcher, follow_launcher, launcher_has_ended
 from digitdist.distributed.output import ExpendableStream, make_expendable, take_all_characters
 from digitdist.errors import EXIT_FAULT, EXIT_STOPPED, EXIT_USER_ERROR, Fault, NotJoined, PeerFailed, Stopped, UserError
 from digitdist.world import is_main, print_main, under_torchelastic
@@ -127,6 +127,8 @@ def _report_once_a_host(text: str) -> None:
 
 
 def _wait_for_launcher() -> None:
-    """Gives a slower rank time to report: the launcher ends all ranks as soon as one has ended."""
+    """Gives a slower rank time to report: the launcher, unless it has ended itself, ends all ranks as soon as one has ended."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    time.sleep(REPORT_GRACE_S)
+    deadline = time.monotonic() + REPORT_GRACE_S
+    while time.monotonic() < deadline and not launcher_has_ended():
+        time.sleep(0.2)

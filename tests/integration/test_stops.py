@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -58,6 +59,16 @@ def test_a_training_ends_saved_with_its_launcher(place: Path, launcher: str, nam
     wait_until(lambda: is_free(place / "runs/a"), timeout=30)
     process.communicate(timeout=30)  # no rank is left that holds its output
     assert is_saved(place / "runs/a")
+
+
+def test_a_rank_whose_last_save_fails_does_not_wait_for_a_launcher_that_has_ended(place: Path):
+    process = start_process(launched("torchrun", *ENDLESS), place, CLEAN)
+    wait_for_step(place / "runs/a", 5, process)
+    shutil.rmtree(place / "runs/a/checkpoints", ignore_errors=True)
+    (place / "runs/a/checkpoints").touch()
+    process.kill()
+    out, _ = process.communicate(timeout=20)  # no rank is left that holds its output
+    assert "the last checkpoint, of step" in out
 
 
 def test_a_training_goes_on_without_the_shell_that_has_started_it(place: Path):

@@ -101,6 +101,7 @@ def test_a_rank_that_has_left_with_all_others_has_not_failed(tmp_path: Path, mon
     assert [has_failed(beat) for beat in beats[0].beats()] == [False, False, True]
 
 
+LATE = "Application timeout caused pair closure"
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:545] Connection closed by peer [127.0.0.1]:3507"
 
 
@@ -118,6 +119,7 @@ def raised_by(module: str, error: BaseException) -> BaseException:
     [
         ("torch.distributed.distributed_c10d", RuntimeError(GLOO), True),
         ("torch.autograd.graph", RuntimeError(GLOO), True),  # of a backward pass in which gradients are reduced
+        ("torch.autograd.graph", RuntimeError(f"Got the following error when running the callback: {LATE}"), True),
         ("digitdist.sync.tree", RuntimeError("Gloo connectFullMesh failed with " + GLOO), True),
         ("digitdist.sync.tree", torch.distributed.DistBackendError("NCCL error"), True),
         ("torch.nn.modules.linear", RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
