@@ -49,7 +49,7 @@ def start(processes: int, *arguments: str, cwd: Path, env: dict[str, str] | None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["SIGTERM", soak("SIGINT"), soak("SIGUSR1"), soak("SIGUSR2"), "SIGHUP", "STOP"])
+@pytest.mark.parametrize("name", ["SIGTERM", soak("SIGINT"), soak("SIGUSR1"), soak("SIGUSR2"), soak("SIGHUP"), "STOP"])
 def test_a_stop_saves_and_ends_with_75_and_the_same_command_goes_on(place: Path, unbroken: Path, name: str):
     process = start(1, *EXACT, cwd=place)
     wait_for_step(place / "runs/a", 10, process)

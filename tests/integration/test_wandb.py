@@ -138,7 +138,7 @@ def assert_unharmed(folder: Path, disabled: tuple[Path, float], start: float) ->
     [
         ("auto", {}),
         ("auto", {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}),
-        ("offline", {}),
+        soak("offline", {}),
         ("online", {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}),
     ],
     ids=["no key", "a key and a dead server", "offline", "online with a dead server"],

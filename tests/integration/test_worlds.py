@@ -42,7 +42,7 @@ def test_torchrun_makes_one_run_of_three_processes_and_evaluates_on_two(place: P
     assert json.loads(again.out)["correct"] == result(folder)["test_correct"]
 
 
-@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow), soak(4)])
 def test_gradients_and_rounds_are_those_of_the_reference(mnist_root: Path, world_size: int):
     done = torchrun(world_size, "-m", "helpers.gradient_worker", str(mnist_root), cwd=ROOT / "tests")
     assert done.code == 0, done.err
