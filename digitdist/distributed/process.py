@@ -56,14 +56,12 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     except BrokenPipeError:  # whoever reads our output has seen enough, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
-        if isinstance(error, Fault) and not is_main():
-            _wait_for_launcher()
+        code = EXIT_FAULT
         if _is_output_lost(error):
             print("error: no space is left for what is printed; make room, or print it elsewhere", file=sys.stderr)
             code = EXIT_USER_ERROR
-        else:
+        elif not isinstance(error, Fault) or is_main() or _is_report_missing():
             traceback.print_exc()
-            code = EXIT_FAULT
     leave(code)
 
 
@@ -120,15 +118,21 @@ def note_process_group() -> None:
 
 
 def _report_once_a_host(text: str) -> None:
-    """Prints an error on local rank 0; on torchrun's others if that has not ended them after a while."""
-    if under_torchelastic() and os.environ.get("LOCAL_RANK", "0") != "0":
-        _wait_for_launcher()
-    print(text, file=sys.stderr, flush=True)
+    """Prints an error on local rank 0; on torchrun's others if that has not reported it in a while."""
+    others = under_torchelastic() and os.environ.get("LOCAL_RANK", "0") != "0"
+    if not others or _is_report_missing():
+        print(text, file=sys.stderr, flush=True)
 
 
-def _wait_for_launcher() -> None:
-    """Gives a slower rank time to report: the launcher, unless it has ended itself, ends all ranks as soon as one has ended."""
+def _is_report_missing() -> bool:
+    """Whether the rank that is to report what has happened to all has not done so in a while.
+
+    A launcher ends all ranks as soon as that one has ended; where the launcher has ended, that rank reports all the same.
+    """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     deadline = time.monotonic() + REPORT_GRACE_S
-    while time.monotonic() < deadline and not launcher_has_ended():
+    while time.monotonic() < deadline:
+        if launcher_has_ended():
+            return False
         time.sleep(0.2)
+    return True

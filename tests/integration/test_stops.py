@@ -69,6 +69,7 @@ def test_a_rank_whose_last_save_fails_does_not_wait_for_a_launcher_that_has_ende
     process.kill()
     out, _ = process.communicate(timeout=20)  # no rank is left that holds its output
     assert "the last checkpoint, of step" in out
+    assert out.count("Traceback (most recent call last)") == 1
 
 
 def test_a_training_goes_on_without_the_shell_that_has_started_it(place: Path):
