@@ -7,6 +7,7 @@ from typing import Any
 
 from digitdist.bench.loops import OF_EVALUATION, Rates
 from digitdist.bench.one_process import BARE, INDEXED, LOADED, ONE_IMAGE, PLAIN
+from digitdist.bench.peer_turns import FAST, ONE_EPOCH, OURS
 from digitdist.bench.worlds import SYNCHRONISING
 
 
@@ -56,3 +57,41 @@ def _verdicts(rates: Rates, world_size: int, world: Rates) -> list[str]:
         verdict = "helps" if gain > 1.05 else "does not help" if gain > 0.95 else "costs"
         lines.append(f"  {name:44} {gain:5.2f} of the speed: {verdict}")
     return lines
+
+
+def peers_table(measured: dict[str, Any]) -> str:
+    """What `measure_peers` has measured: seconds, and in how many times the trainer's, or the recipe `fast`'s, of that turn."""
+    setting = measured["setting"]
+    images, size = setting["steps"] * setting["batch_size"], setting["batch_size"]
+    device = ", ".join(filter(None, (setting["device"], setting["instructions"])))
+    turns = len(measured["recipes"][FAST])
+    lines = [f"{setting['model']}, {images:,} images in batches of {size}, fp32, {device}", f"{turns} turns, each by all"]
+    for world, loops in measured["epochs"].items():
+        threads = setting["threads"][world]
+        lines += ["", f"{_counted(int(world), 'process')} of {_counted(threads, 'thread')}: seconds, and times {OURS}'s"]
+        seconds = {name: [one["seconds"] for one in values] for name, values in loops.items()}
+        lines += [f"  {name:18} {_times(values, seconds[OURS])}" for name, values in seconds.items()]
+    fast = measured["recipes"][FAST]
+    lines += ["", f"to 99.0 % of the test images, on one process: seconds, times {FAST}'s, and mean accuracy"]
+    for name in (ONE_EPOCH, FAST):
+        values = measured["recipes"][name]
+        accuracy = statistics.mean(one["accuracy"] for one in values)
+        short = "" if accuracy >= 0.99 else ": not reached"
+        seconds_of = _times([one["seconds"] for one in values], [one["seconds"] for one in fast])
+        lines.append(f"  {name:18} {seconds_of}   {100 * accuracy:.2f} %{short}")
+    return "\n".join(lines)
+
+
+def _counted(count: int, noun: str) -> str:
+    plural = "es" if noun.endswith("s") else "s"
+    return f"{count} {noun}{'' if count == 1 else plural}"
+
+
+def _times(seconds: list[float], base: list[float]) -> str:
+    """Median, least and greatest of seconds, and of their ratios to those of `base` in the same turn."""
+    ratios = [a / b for a, b in zip(seconds, base, strict=True)]
+    return f"{_spread(seconds)} s   {_spread(ratios)}"
+
+
+def _spread(values: list[float]) -> str:
+    return f"{statistics.median(values):6.2f} ({min(values):.2f} to {max(values):.2f})"
