@@ -18,6 +18,7 @@ from digitdist.runs import RESULT
 
 END_GRACE_S = 3.0  # in which what was started ends by the ^C that a terminal sends to it too
 STOP_GRACE_S = 15.0  # in which it ends when it is asked to; then it is killed
+LAST_WORDS = 10_000  # characters of what has failed: torchrun adds some thousand to those of a rank
 
 
 def launch(arguments: Sequence[str], world_size: int = 1, env: Mapping[str, str] | None = None) -> str:
@@ -38,7 +39,7 @@ def launch(arguments: Sequence[str], world_size: int = 1, env: Mapping[str, str]
             _end(process)
             raise
     if process.returncode:
-        last_words = errors.strip()[-2000:]
+        last_words = errors.strip()[-LAST_WORDS:]
         raise Fault(f"{shlex.join(command)} ended with exit code {process.returncode}:\n{last_words}")
     return output
 

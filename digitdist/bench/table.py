@@ -60,31 +60,32 @@ def _verdicts(rates: Rates, world_size: int, world: Rates) -> list[str]:
 
 
 def peers_table(measured: dict[str, Any]) -> str:
-    """What `measure_peers` has measured: seconds, and in how many times the trainer's, or the recipe `fast`'s, of that turn."""
+    """What `measure_peers` has measured: seconds, and how many times those of the trainer, or of `fast`, of the same turn."""
     setting = measured["setting"]
     images, size = setting["steps"] * setting["batch_size"], setting["batch_size"]
     device = ", ".join(filter(None, (setting["device"], setting["instructions"])))
     turns = len(measured["recipes"][FAST])
-    lines = [f"{setting['model']}, {images:,} images in batches of {size}, fp32, {device}", f"{turns} turns, each by all"]
+    lines = [
+        f"{setting['model']}, {images:,} images in batches of {size}, fp32, {device}",
+        f"median, least and greatest of {turns} turn{'' if turns == 1 else 's'}",
+    ]
     for world, loops in measured["epochs"].items():
+        processes = "1 process" if world == "1" else f"{world} processes"
         threads = setting["threads"][world]
-        lines += ["", f"{_counted(int(world), 'process')} of {_counted(threads, 'thread')}: seconds, and times {OURS}'s"]
+        of = f"{threads} thread{'' if threads == 1 else 's'}{'' if world == '1' else ' each'}"
+        lines += ["", f"{processes} of {of}: seconds, and times those of {OURS}"]
         seconds = {name: [one["seconds"] for one in values] for name, values in loops.items()}
         lines += [f"  {name:18} {_times(values, seconds[OURS])}" for name, values in seconds.items()]
     fast = measured["recipes"][FAST]
-    lines += ["", f"to 99.0 % of the test images, on one process: seconds, times {FAST}'s, and mean accuracy"]
+    lines += ["", f"to 99.0 % of the test images, on one process: seconds, times those of {FAST}, and mean accuracy"]
     for name in (ONE_EPOCH, FAST):
         values = measured["recipes"][name]
         accuracy = statistics.mean(one["accuracy"] for one in values)
-        short = "" if accuracy >= 0.99 else ": not reached"
+        precision = values[0].get("precision", "fp32")
+        label = name if precision == "fp32" else f"{name} in {precision}"
         seconds_of = _times([one["seconds"] for one in values], [one["seconds"] for one in fast])
-        lines.append(f"  {name:18} {seconds_of}   {100 * accuracy:.2f} %{short}")
+        lines.append(f"  {label:18} {seconds_of}   {100 * accuracy:.2f} %{'' if accuracy >= 0.99 else ': not reached'}")
     return "\n".join(lines)
-
-
-def _counted(count: int, noun: str) -> str:
-    plural = "es" if noun.endswith("s") else "s"
-    return f"{count} {noun}{'' if count == 1 else plural}"
 
 
 def _times(seconds: list[float], base: list[float]) -> str:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -46,6 +47,28 @@ def test_the_table_has_ratios_of_the_same_turn_and_says_what_helps():
     assert any("3.00 s   peak 600 MB" in line for line in lines)
     assert any("train.compile=default" in line and line.endswith("0.50 of the speed: costs") for line in lines)
     assert lines[-1] == "this machine is limited by compute: 80 % of a step"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_peers_train_on_as_many_images_and_those_that_are_missing_are_named(place: Path):
+    options = ("--peers", "--json", "--repeats", "1", "--world", "2", "data.batch_size=50", "train.max_steps=3")
+    done = python("-m", "digitdist.bench", *options, cwd=place, timeout=350)
+    assert done.code == 0, done.err
+    has_lightning = importlib.util.find_spec("lightning") is not None
+    line = "Lightning and Fabric are not measured: pip install 'digitdist[peers]' installs them"
+    assert done.err.splitlines().count(line) == (0 if has_lightning else 1)
+    measured = json.loads(done.out)
+    assert measured["missing"] == ([] if has_lightning else ["Lightning", "Fabric"])
+    names = {"plain loop", "Accelerate", "digitdist"} | ({"Lightning", "Fabric"} if has_lightning else set())
+    assert set(measured["epochs"]) == {"1", "2"}
+    for loops in measured["epochs"].values():
+        assert set(loops) == names
+        assert all(turn["images"] == 150 and turn["seconds"] > 0 for (turn,) in loops.values())
+    for name in ("one-epoch recipe", "fast"):
+        (turn,) = measured["recipes"][name]
+        assert turn["seconds"] > 0
+        assert 0.05 < turn["accuracy"] < 0.9  # of three steps
 
 
 @pytest.mark.slow
