@@ -37,7 +37,7 @@ def measure_peers(world_size: int, overrides: list[str], repeats: int) -> dict[s
     missing = [] if importlib.util.find_spec("lightning") else list(NEED_LIGHTNING)
     if missing:
         lacking = " and ".join(missing)
-        print(f"{lacking} are not measured: pip install 'digitdist[peers]' installs them", file=sys.stderr, flush=True)
+        _show(f"{lacking} are not measured: pip install 'digitdist[peers]' installs them")
     worlds = sorted({1, world_size})
     names = [name for name in PEERS if name not in missing] + [OURS]
     epochs: dict[str, dict[str, list[Any]]] = {str(size): {name: [] for name in names} for size in worlds}
@@ -49,14 +49,21 @@ def measure_peers(world_size: int, overrides: list[str], repeats: int) -> dict[s
                 if measured["images"] != images:
                     raise Fault(f"{name} trained on {measured['images']:,} images on {size} processes, not on {images:,}")
                 epochs[str(size)][name].append(measured)
+                _show(f"turn {turn + 1}, {size} process{'' if size == 1 else 'es'}, {name}: {measured['seconds']:.2f} s")
         for name, turns in recipes.items():
             turns.append(_recipe(name, setup.config.seed + turn, overrides))
+            _show(f"turn {turn + 1}, {name}: {turns[-1]['seconds']:.2f} s, {100 * turns[-1]['accuracy']:.2f} %")
     return {"setting": _setting(setup, steps, worlds), "missing": missing, "epochs": epochs, "recipes": recipes}
 
 
 def measure_part(name: str, overrides: list[str]) -> dict[str, Any]:
     """What a process that `measure_peers` has started measures. Collective: every rank must call it."""
     return measure_one_epoch(overrides) if name == ONE_EPOCH else measure_as_peer(name, overrides)
+
+
+def _show(line: str) -> None:
+    """A line beside the result, at once: whoever interrupts a long measurement keeps what was measured."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def _checked(world_size: int, overrides: list[str]) -> tuple[Setup, int]:
