@@ -165,28 +165,6 @@ def evaluation_loops(setup: Setup, accelerator: Accelerator) -> dict[str, Loop]:
     return dict(zip(OF_EVALUATION, (partial(forward, ready, model), normalising, whole), strict=True))
 
 
-def plain_way(setup_arguments: list[str], steps: int) -> float:
-    """Images a second of torchvision's MNIST with `ToTensor` an image and one worker process, without the loader's start, on
-    the device that the trainer takes."""
-    import torchvision
-
-    setup = prepare([], setup_arguments)
-    config, device = setup.config, torch.device(setup.plan.device_type)
-    model = setup.model.to(device)
-    images = torchvision.datasets.MNIST(config.data.root, transform=torchvision.transforms.ToTensor())
-    loader = iter(torch.utils.data.DataLoader(images, config.data.batch_size, shuffle=True, num_workers=1))
-    optimizer = torch.optim.Adam(model.parameters(), config.optim.lr)
-    for step in range(steps + 3):
-        if step == 3:
-            start = time.perf_counter()
-        pixels, labels = (tensor.to(device) for tensor in next(loader))
-        optimizer.zero_grad()
-        F.cross_entropy(model(pixels), labels).backward()
-        optimizer.step()
-    await_device(device)
-    return steps * config.data.batch_size / (time.perf_counter() - start)
-
-
 def in_turn(loops: dict[str, Loop], steps: dict[str, int], repeats: int) -> Rates:
     """Each loop's images a second, `repeats` times, one after another in each turn."""
     rates: Rates = {name: [] for name in loops}

@@ -23,9 +23,9 @@ from digitdist.bench.loops import (
     bare_loop,
     evaluation_loops,
     in_turn,
-    plain_way,
     trainer_loop,
 )
+from digitdist.bench.peers import plain_way
 from digitdist.distributed import Plan, device_name, start_accelerator
 from digitdist.runs import RESULT, read_metrics
 from digitdist.train import prepare

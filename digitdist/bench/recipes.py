@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from pathlib import Path
 
-from digitdist.errors import Fault
-from digitdist.runs import RESULT
+from digitdist.bench.launching import result_of_training
 
 RECIPES = ("fast", "sharp")
 
@@ -20,10 +14,8 @@ RECIPES = ("fast", "sharp")
 def measure_recipes(num_seeds: int, overrides: list[str]) -> None:
     """Trains each of `RECIPES` with seeds 0 to num_seeds-1, and prints accuracy and seconds.
 
-    Without W&B and without the page of plots, whose seconds are not part of a training.
-
     Raises:
-        Fault: a training has failed; it has said why.
+        Fault: a training has failed; the message says why.
     """
     for recipe in RECIPES:
         runs = [train_recipe(recipe, seed, overrides) for seed in range(num_seeds)]
@@ -39,14 +31,7 @@ def measure_recipes(num_seeds: int, overrides: list[str]) -> None:
 
 
 def train_recipe(recipe: str, seed: int, overrides: list[str]) -> tuple[float, float, float]:
-    """Test accuracy, `train_seconds` and the whole command's seconds of one training, in a run folder that is removed."""
-    with tempfile.TemporaryDirectory() as folder:
-        fixed = [f"seed={seed}", f"run.dir={folder}", "run.name=recipe", "run.report=false", "tracking.wandb=disabled"]
-        command = [sys.executable, "-m", "digitdist.train", "--config", recipe, *overrides, *fixed]
-        start = time.perf_counter()
-        code = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
-        seconds = time.perf_counter() - start
-        if code:
-            raise Fault(f"{' '.join(command)} ended with exit code {code}")
-        result = json.loads((Path(folder) / "recipe" / RESULT).read_text())
-    return result["test_accuracy"], result["train_seconds"], seconds
+    """Test accuracy, `train_seconds` and the whole command's seconds of one training."""
+    start = time.perf_counter()
+    result = result_of_training(["--config", recipe, *overrides, f"seed={seed}"])
+    return result["test_accuracy"], result["train_seconds"], time.perf_counter() - start

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 
+from digitdist.bench.launching import result_of_training
 from digitdist.bench.loops import QUIET
 from digitdist.bench.one_process import start_up
 from digitdist.distributed import SHORTCUTS
-from digitdist.runs import RESULT
 
 STEPS = 300
 
@@ -43,8 +37,4 @@ def _saved(name: str, overrides: list[str]) -> float:
 
 
 def _train_seconds(overrides: list[str], env: dict[str, str]) -> float:
-    with tempfile.TemporaryDirectory() as folder:
-        fixed = [f"run.dir={folder}", "run.name=a", f"train.max_steps={STEPS}", "train.eval_every=0", *QUIET]
-        command = [sys.executable, "-m", "digitdist.train", *overrides, *fixed]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | env)
-        return json.loads((Path(folder) / "a" / RESULT).read_text())["train_seconds"]
+    return result_of_training([*overrides, f"train.max_steps={STEPS}", "train.eval_every=0", *QUIET], env=env)["train_seconds"]

@@ -7,6 +7,7 @@ from typing import Any
 
 from digitdist.bench.loops import OF_EVALUATION, Rates
 from digitdist.bench.one_process import BARE, INDEXED, LOADED, ONE_IMAGE, PLAIN
+from digitdist.bench.peer_turns import FAST, ONE_EPOCH, OURS
 from digitdist.bench.worlds import SYNCHRONISING
 
 
@@ -56,3 +57,42 @@ def _verdicts(rates: Rates, world_size: int, world: Rates) -> list[str]:
         verdict = "helps" if gain > 1.05 else "does not help" if gain > 0.95 else "costs"
         lines.append(f"  {name:44} {gain:5.2f} of the speed: {verdict}")
     return lines
+
+
+def peers_table(measured: dict[str, Any]) -> str:
+    """What `measure_peers` has measured: seconds, and how many times those of the trainer, or of `fast`, of the same turn."""
+    setting = measured["setting"]
+    images, size = setting["steps"] * setting["batch_size"], setting["batch_size"]
+    device = ", ".join(filter(None, (setting["device"], setting["instructions"])))
+    turns = len(measured["recipes"][FAST])
+    lines = [
+        f"{setting['model']}, {images:,} images in batches of {size}, fp32, {device}",
+        f"median, least and greatest of {turns} turn{'' if turns == 1 else 's'}",
+    ]
+    for world, loops in measured["epochs"].items():
+        processes = "1 process" if world == "1" else f"{world} processes"
+        threads = setting["threads"][world]
+        of = f"{threads} thread{'' if threads == 1 else 's'}{'' if world == '1' else ' each'}"
+        lines += ["", f"{processes} of {of}: seconds, and times those of {OURS}"]
+        seconds = {name: [one["seconds"] for one in values] for name, values in loops.items()}
+        lines += [f"  {name:18} {_times(values, seconds[OURS])}" for name, values in seconds.items()]
+    fast = measured["recipes"][FAST]
+    lines += ["", f"to 99.0 % of the test images, on one process: seconds, times those of {FAST}, and mean accuracy"]
+    for name in (ONE_EPOCH, FAST):
+        values = measured["recipes"][name]
+        accuracy = statistics.mean(one["accuracy"] for one in values)
+        precision = values[0].get("precision", "fp32")
+        label = name if precision == "fp32" else f"{name} in {precision}"
+        seconds_of = _times([one["seconds"] for one in values], [one["seconds"] for one in fast])
+        lines.append(f"  {label:18} {seconds_of}   {100 * accuracy:.2f} %{'' if accuracy >= 0.99 else ': not reached'}")
+    return "\n".join(lines)
+
+
+def _times(seconds: list[float], base: list[float]) -> str:
+    """Median, least and greatest of seconds, and of their ratios to those of `base` in the same turn."""
+    ratios = [a / b for a, b in zip(seconds, base, strict=True)]
+    return f"{_spread(seconds)} s   {_spread(ratios)}"
+
+
+def _spread(values: list[float]) -> str:
+    return f"{statistics.median(values):6.2f} ({min(values):.2f} to {max(values):.2f})"

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from functools import partial
 
 from accelerate.utils import gather_object
 
+from digitdist.bench.launching import launch
 from digitdist.bench.loops import Loop, Rates, Variant, bare_loop, in_turn, trainer_loop
 from digitdist.bench.one_process import TURN_S
 from digitdist.distributed import start_accelerator
-from digitdist.errors import Fault
 from digitdist.train import prepare
 
 SYNCHRONISING = "bare loops, a one-number all-reduce each step"
@@ -52,9 +50,5 @@ def measure_world(world_size: int, overrides: list[str], repeats: int) -> Rates:
     Raises:
         Fault: they failed; the message says why.
     """
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(world_size), "-m", "digitdist.bench", "--rank"]
-    command = [sys.executable, *launch, "--repeats", str(repeats), *overrides]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise Fault(f"the world of {world_size} processes failed: {done.stderr.strip()[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    output = launch(["-m", "digitdist.bench", "--rank", "--repeats", str(repeats), *overrides], world_size)
+    return json.loads(output.splitlines()[-1])

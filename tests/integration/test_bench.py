@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from pathlib import Path
 
 import pytest
 from helpers.launching import python
+from helpers.variants import soak
 
 from digitdist.bench.roofline import STEPS, Work, rows
 from digitdist.bench.table import table
@@ -70,6 +72,30 @@ def test_the_roofline_counts_what_the_default_network_needs(place: Path):
     assert re.match(r"cnn, batch 10, fp32, \d threads, .+: \d+ GFLOP/s in a matrix product, \d+ GB/s in a sum", first)
     assert any(line.startswith("convolution_backward 10×10×12×12 ") for line in found)
     assert re.match(r"a step takes [\d.]+ ms, of which [\d.]+ ms is what the roofline allows", found[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("world_size", [1, soak(2)])
+def test_peers_train_on_as_many_images_and_those_that_are_missing_are_named(place: Path, world_size: int):
+    world = ("--world", str(world_size))
+    options = ("--peers", "--json", "--repeats", "1", *world, "data.batch_size=50", "train.max_steps=3")
+    done = python("-m", "digitdist.bench", *options, cwd=place, timeout=350)
+    assert done.code == 0, done.err
+    has_lightning = importlib.util.find_spec("lightning") is not None
+    line = "Lightning and Fabric are not measured: pip install 'digitdist[peers]' installs them"
+    assert done.err.splitlines().count(line) == (0 if has_lightning else 1)
+    measured = json.loads(done.out)
+    assert measured["missing"] == ([] if has_lightning else ["Lightning", "Fabric"])
+    names = {"plain loop", "Accelerate", "digitdist"} | ({"Lightning", "Fabric"} if has_lightning else set())
+    assert set(measured["epochs"]) == {"1", str(world_size)}
+    for loops in measured["epochs"].values():
+        assert set(loops) == names
+        assert all(turn["images"] == 150 and turn["seconds"] > 0 for (turn,) in loops.values())
+    for name in ("one-epoch recipe", "fast"):
+        (turn,) = measured["recipes"][name]
+        assert turn["seconds"] > 0
+        assert 0.05 < turn["accuracy"] < 0.9  # of three steps
 
 
 @pytest.mark.slow
