@@ -32,7 +32,7 @@ def run_preflight(world: World, fingerprint: dict[str, str], timeout_s: float, m
     process group is made, also one that has found `mistakes` of its own.
 
     Raises:
-        NotJoined: a rank is missing after `timeout_s`.
+        NotJoined: a rank is missing after `timeout_s`, or whoever serves the store, the launcher or rank 0, has ended.
         UserError: the same on every rank: two have the same number, two differ in a value, or one has found a mistake.
     """
     if world.size == 1:
@@ -41,16 +41,21 @@ def run_preflight(world: World, fingerprint: dict[str, str], timeout_s: float, m
     limit, address = timedelta(seconds=timeout_s), (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # then one store serves all restarts
     serves, call = world.rank == 0 and not agent, next(_calls)
+    joined = False
     try:
         _stores.append(dist.TCPStore(*address, None, serves, limit, wait_for_workers=False, multi_tenant=True))
         store = dist.PrefixStore(f"preflight {restart_count() if agent else 0}.{call}", _stores[0])
         store.set(f"fingerprint {store.add('fingerprints', 1)}", json.dumps(own))
+        joined = True
         if world.rank == 0:
             missing, problems = _compare(store, own, world, timeout_s)
             store.set("verdict", json.dumps([missing, problems]))
         store.wait(["verdict"], limit + timedelta(seconds=10))
         missing, problems = json.loads(store.get("verdict"))
     except dist.DistError as error:
+        if joined and isinstance(error, dist.DistNetworkError):
+            where = f"{address[0]}:{address[1]}, where the ranks were meeting"
+            raise NotJoined(f"rank {world.rank} on {platform.node()}: {where}, has closed; start the run again") from None
         raise NotJoined(_no_answer(world, address, timeout_s, serves, error)) from None
     if problems:
         _await_readers(store, world)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import socket
+import threading
 
 import pytest
+import torch.distributed as dist
 
 from digitdist.distributed import preflight, raise_on_all_ranks
-from digitdist.errors import UserError
+from digitdist.errors import NotJoined, UserError
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -24,6 +26,18 @@ def test_a_ranks_own_mistake_is_what_it_tells_where_no_other_comes(monkeypatch: 
     with pytest.raises(UserError) as caught:
         raise_on_all_ranks(UserError("optim.lr=-1 is not allowed"))
     assert caught.value.mistakes == ("optim.lr=-1 is not allowed",)
+
+
+def test_a_launcher_that_ends_while_ranks_meet_is_told_as_that(monkeypatch: pytest.MonkeyPatch):
+    """And not as one that has never answered."""
+    served = [dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)]
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": served[0].port, "TORCHELASTIC_USE_AGENT_STORE": True}
+    for name, value in world.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(preflight, "_stores", [])
+    threading.Timer(1, served.clear).start()
+    with pytest.raises(NotJoined, match=rf"rank 1 on .*: 127.0.0.1:{world['MASTER_PORT']}, where the ranks .*, has closed"):
+        preflight.run_preflight(preflight.World(1, 2, 1, 2), {}, 60)
 
 
 def test_of_many_ranks_that_are_missing_a_few_are_named():
