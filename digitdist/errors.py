@@ -19,7 +19,7 @@ class UserError(Exception):
 
 
 class NotJoined(UserError):
-    """A rank was not there in time. A launcher that may start the workers again is left to do so."""
+    """The ranks have not come together. A launcher that may start the workers again is left to do so."""
 
 
 class Fault(Exception):

@@ -170,7 +170,8 @@ class _Outcome:
 
 def _trial(model: nn.Module, pixels: Tensor, labels: Tensor, num_classes: int, bf16: bool, mode: str = "") -> _Outcome:
     """Two training steps without an update, and an evaluation between them; with a `mode`, the first step once more."""
-    shapes, before, saved = _shapes(model), _outside_buffers(model), SavedBuffers(model)
+    exact = mode == "exact"
+    shapes, before, saved = _shapes(model), _outside_buffers(model) if exact else {}, SavedBuffers(model)
     first, one_graph = _train_once(model, pixels, labels, num_classes, bf16)
     attributes = _attributes(model)
     logits = _evaluate_once(model, pixels, num_classes, bf16)
@@ -182,11 +183,11 @@ def _trial(model: nn.Module, pixels: Tensor, labels: Tensor, num_classes: int, b
         )
     if not mode:
         return _Outcome(logits, one_graph)
-    now = _outside_buffers(model)
+    now = _outside_buffers(model) if exact else {}
     saved.restore()
     again, _ = _train_once(model, pixels, labels, num_classes, bf16)
     counting = tuple(sorted(name for name, value in _attributes(model).items() if attributes.get(name) != value))
-    if mode == "exact":
+    if exact:
         for name in sorted(name for name in before if before[name] != now.get(name)):
             raise UserError(f"{name} changes in forward{NOT_IN_EXACT}")
         if not torch.equal(again, first):

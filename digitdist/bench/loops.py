@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from digitdist.data import ImageSet, Order, Sharding, Share, TrainingSampler, normalise, prepare_loader
-from digitdist.distributed import Heartbeat, run_on_main, start_accelerator, use_deterministic_algorithms
+from digitdist.distributed import Heartbeat, device_name, run_on_main, start_accelerator, use_deterministic_algorithms
 from digitdist.evaluate import chunked_loader, evaluate
 from digitdist.models import build_model
 from digitdist.optim import build_optimizer
@@ -108,6 +108,13 @@ def _endless_batches(
             yield normalise(batch.images, info), batch.labels
         else:
             yield pixels[span], images.labels[span]
+
+
+def setting(setup: Setup) -> str:
+    """What is measured, and on what."""
+    config, plan = setup.config, setup.plan
+    of = f"{config.model.name}, batch {config.data.batch_size}, {plan.precision}, {plan.threads} threads"
+    return f"{of}, {device_name(plan.device_type)}"
 
 
 def await_device(device: torch.device) -> None:

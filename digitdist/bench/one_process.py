@@ -6,8 +6,6 @@ import json
 import math
 import multiprocessing
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -15,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from digitdist.bench.launching import launch
 from digitdist.bench.loops import (
     OF_EVALUATION,
     QUIET,
@@ -23,10 +22,11 @@ from digitdist.bench.loops import (
     bare_loop,
     evaluation_loops,
     in_turn,
+    setting,
     trainer_loop,
 )
 from digitdist.bench.peers import plain_way
-from digitdist.distributed import Plan, device_name, start_accelerator
+from digitdist.distributed import Plan, start_accelerator
 from digitdist.runs import RESULT, read_metrics
 from digitdist.train import prepare
 
@@ -62,10 +62,9 @@ def measure_one_process(overrides: list[str], repeats: int) -> dict[str, Any]:
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:  # unaffected by our settings
         rates[PLAIN] = [fresh.submit(plain_way, overrides, 30).result() for _ in range(repeats)]
     starts = [start_up(overrides) for _ in range(3)]
-    name = device_name(plan.device_type)
     return {
         "shards": config.sync.shards,
-        "setting": f"{config.model.name}, batch {size}, {plan.precision}, {plan.threads} threads, {name}",
+        "setting": setting(setup),
         "images_per_second": rates,
         "start_up": {name: {"s": [s[name][0] for s in starts], "mb": [s[name][1] for s in starts]} for name in starts[0]},
         "phases": {name: sum(p[name] for p in phases) for name in phases[0] if name != "slowest_rank"},
@@ -90,11 +89,10 @@ def start_up(overrides: list[str], env: dict[str, str] | None = None) -> dict[st
     with tempfile.TemporaryDirectory() as folder:
         fixed = [f"run.dir={folder}", "run.name=a", "train.max_steps=1", "train.eval_every=0", *QUIET]
         began = time.time()
-        command = [sys.executable, "-m", "digitdist.train", *overrides, *fixed]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | (env or {}))
+        launch(["-m", "digitdist.train", *overrides, *fixed], env=env)
         first = read_metrics(Path(folder) / "a")[0]["time"] - began
         (memory,) = json.loads((Path(folder) / "a" / RESULT).read_text())["peak_memory_mb"]
     began = time.time()
-    ended, used = subprocess.run([sys.executable, "-c", IMPORTS], check=True, capture_output=True, text=True).stdout.split()
+    ended, used = launch(["-c", IMPORTS]).split()
     host = memory["host"] or math.nan  # where the kernel tells none
     return {"command to first step": (first, host), "import torch, accelerate": (float(ended) - began, float(used))}

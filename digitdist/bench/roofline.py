@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from digitdist.bench.loops import AUTOCAST, Variant, bare_loop
-from digitdist.distributed import device_name, start_accelerator
+from digitdist.bench.loops import AUTOCAST, Variant, bare_loop, setting
+from digitdist.distributed import start_accelerator
 from digitdist.errors import UserError
 from digitdist.train import prepare
 
@@ -82,11 +82,7 @@ def measure_roofline(overrides: list[str], repeats: int) -> None:
             loop(STEPS)
         turns.append(timed.work)
     flops, bandwidth = (statistics.median(values) for values in zip(*peaks, strict=True))
-    config, plan = setup.config, setup.plan
-    print(
-        f"{config.model.name}, batch {config.data.batch_size}, {plan.precision}, {plan.threads} threads,"
-        f" {device_name(plan.device_type)}: {flops / 1e9:.0f} GFLOP/s in a matrix product, {bandwidth / 1e9:.0f} GB/s in a sum"
-    )
+    print(f"{setting(setup)}: {flops / 1e9:.0f} GFLOP/s in a matrix product, {bandwidth / 1e9:.0f} GB/s in a sum")
     print("\n".join(rows(turns, flops, bandwidth, statistics.median(plain))), flush=True)
 
 

@@ -40,8 +40,7 @@ def _rows(rates: Rates, base: str) -> list[str]:
     lines = []
     for name, values in rates.items():
         ratios = [a / b for a, b in zip(values, rates[base], strict=True)]
-        spread = f"{statistics.median(ratios):5.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        lines.append(f"  {name:46} {statistics.median(values):>10,.0f} images/s   {spread}")
+        lines.append(f"  {name:46} {statistics.median(values):>10,.0f} images/s  {_spread(ratios)}")
     return lines
 
 

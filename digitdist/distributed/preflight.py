@@ -48,18 +48,15 @@ def run_preflight(world: World, fingerprint: dict[str, str], timeout_s: float, m
         store.set(f"fingerprint {store.add('fingerprints', 1)}", json.dumps(own))
         joined = True
         if world.rank == 0:
-            missing, problems = _compare(store, own, world, timeout_s)
-            store.set("verdict", json.dumps([missing, problems]))
+            problem = _compare(store, own, world, timeout_s)
+            store.set("verdict", json.dumps([isinstance(problem, NotJoined), problem.mistakes if problem else ()]))
         store.wait(["verdict"], limit + timedelta(seconds=10))
-        missing, problems = json.loads(store.get("verdict"))
+        is_missing, mistakes = json.loads(store.get("verdict"))
     except dist.DistError as error:
-        if joined and isinstance(error, dist.DistNetworkError):
-            where = f"{address[0]}:{address[1]}, where the ranks were meeting"
-            raise NotJoined(f"rank {world.rank} on {platform.node()}: {where}, has closed; start the run again") from None
-        raise NotJoined(_no_answer(world, address, timeout_s, serves, error)) from None
-    if problems:
+        raise NotJoined(_no_answer(world, address, timeout_s, serves, joined, error)) from None
+    if mistakes:
         _await_readers(store, world)
-        raise (NotJoined if missing else UserError)(*problems)
+        raise (NotJoined if is_missing else UserError)(*mistakes)
     if call or (agent and restart_count()):
         _leave_used_store(store, world)
 
@@ -87,28 +84,29 @@ def _leave_used_store(store: dist.Store, world: World) -> None:
     os.environ |= {"MASTER_PORT": store.get("port").decode(), "TORCHELASTIC_USE_AGENT_STORE": "False"}
 
 
-def _compare(store: dist.Store, own: dict[str, Any], world: World, timeout_s: float) -> tuple[bool, list[str]]:
-    """Whether a rank is missing, and what is wrong with the fingerprints of all, taken in the order in which they arrive."""
+def _compare(store: dist.Store, own: dict[str, Any], world: World, timeout_s: float) -> UserError | None:
+    """What is wrong with the fingerprints of all ranks, taken in the order in which they arrive; None if nothing is."""
     if own["mistakes"]:
-        return False, _mistakes_of(own, world)
+        return UserError(*_mistakes_of(own, world))
     hosts: dict[int, str] = {}  # of each rank that has arrived
     deadline = time.monotonic() + timeout_s
     for number in itertools.count(1):
         try:
             store.wait([f"fingerprint {number}"], timedelta(seconds=max(0.01, deadline - time.monotonic())))
         except dist.DistError:
-            return True, [_missing_ranks(hosts, world, timeout_s)]
+            return NotJoined(_missing_ranks(hosts, world, timeout_s))
         other = json.loads(store.get(f"fingerprint {number}"))
         rank, host = other["rank"], other["host"]
         differences = _mistakes_of(other, world) if other["mistakes"] else _differences(own, other)
         if differences:
-            return False, differences
+            return UserError(*differences)
         if rank in hosts and not under_torchelastic():  # torchrun numbers ranks itself, anew at each rendezvous
-            twice = f"two processes say that they are rank {rank}, on {hosts[rank]} and on {host}; give each host its own RANK"
-            return False, [twice]
+            return UserError(
+                f"two processes say that they are rank {rank}, on {hosts[rank]} and on {host}; give each host its own RANK"
+            )
         hosts[rank] = host
         if len(hosts) == world.size:
-            return False, []
+            return None
     raise AssertionError
 
 
@@ -138,8 +136,11 @@ def _missing_ranks(hosts: dict[int, str], world: World, timeout_s: float) -> str
     )
 
 
-def _no_answer(world: World, address: tuple[str, int], timeout_s: float, serves: bool, error: Exception) -> str:
-    """Why this rank has not reached rank 0."""
+def _no_answer(world: World, address: tuple[str, int], timeout_s: float, serves: bool, joined: bool, error: Exception) -> str:
+    """Why this rank has not reached rank 0, or has lost the store where it had `joined` the others."""
+    if joined and isinstance(error, dist.DistNetworkError):
+        where = f"{address[0]}:{address[1]}, where the ranks were meeting"
+        return f"rank {world.rank} on {platform.node()}: {where}, has closed; start the run again"
     if serves and "EADDRINUSE" in str(error):
         return f"MASTER_PORT={address[1]} is taken on {platform.node()}; give a free port, the same on all hosts"
     return (

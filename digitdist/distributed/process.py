@@ -60,7 +60,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         if _is_output_lost(error):
             print("error: no space is left for what is printed; make room, or print it elsewhere", file=sys.stderr)
             code = EXIT_USER_ERROR
-        elif not isinstance(error, Fault) or is_main() or _is_report_missing():
+        elif not isinstance(error, Fault) or is_main() or not _await_report():
             traceback.print_exc()
     leave(code)
 
@@ -120,12 +120,12 @@ def note_process_group() -> None:
 def _report_once_a_host(text: str) -> None:
     """Prints an error on local rank 0; on torchrun's others if that has not reported it in a while."""
     others = under_torchelastic() and os.environ.get("LOCAL_RANK", "0") != "0"
-    if not others or _is_report_missing():
+    if not others or not _await_report():
         print(text, file=sys.stderr, flush=True)
 
 
-def _is_report_missing() -> bool:
-    """Whether the rank that is to report what has happened to all has not done so in a while.
+def _await_report() -> bool:
+    """Waits for the rank that is to report what has happened to all; returns whether it reports.
 
     A launcher ends all ranks as soon as that one has ended; where the launcher has ended, that rank reports all the same.
     """
@@ -133,6 +133,6 @@ def _is_report_missing() -> bool:
     deadline = time.monotonic() + REPORT_GRACE_S
     while time.monotonic() < deadline:
         if launcher_has_ended():
-            return False
+            return True
         time.sleep(0.2)
-    return True
+    return False

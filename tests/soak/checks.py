@@ -47,6 +47,10 @@ class Attempt:
         return any(fault.kind == "fill the disk" for fault in self.faults)
 
     @property
+    def had_frozen(self) -> bool:
+        return any("frozen for good" in fault.done for fault in self.faults)
+
+    @property
     def openings(self) -> list[int]:
         return openings(self.output)
 
@@ -66,9 +70,8 @@ def problems(attempt: Attempt) -> Iterator[str]:
     if attempt.code in (0, 75) and not attempt.faults and attempt.temporary and not wandb_was_killed:
         yield f"left in TMPDIR: {attempt.temporary}"
     full_at_start = attempt.disk_was_full and FULL in attempt.output
-    frozen = any("frozen for good" in fault.done for fault in attempt.faults)
     refusals = [line for line in attempt.output.splitlines() if line.startswith("error:")]
-    if frozen:  # before it has joined, it is one that has not come, or rank 0 does not answer
+    if attempt.had_frozen:  # before it has joined, it is one that has not come, or rank 0 does not answer
         refusals = [line for line in refusals if "within sync.join_timeout_s" not in line]
     if any(fault.done.startswith("SIGKILL") for fault in attempt.faults):  # of what served the store where ranks meet
         refusals = [line for line in refusals if "where the ranks were meeting, has closed" not in line]
@@ -104,7 +107,7 @@ def _problems_of_end(attempt: Attempt, hit_checkpoints: bool) -> Iterator[str]:
 def _problems_of_stop(attempt: Attempt, stop: Fault, hit_checkpoints: bool) -> Iterator[str]:
     if stop.how == "INT twice":
         # Launchers give a process 30 s to end, and one that is frozen needs them all.
-        allowed = 45 if any("frozen for good" in fault.done for fault in attempt.faults) else 15
+        allowed = 45 if attempt.had_frozen else 15
         if attempt.seconds_from_last_fault > allowed:
             yield f"two ^C took {attempt.seconds_from_last_fault:.0f} s"
         return
