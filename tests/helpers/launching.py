@@ -50,7 +50,12 @@ def accelerate(*arguments: str, cwd: Path, env: dict[str, str] | None = None, ti
 
 
 def run(command: list[str], cwd: Path, env: dict[str, str] | None, timeout: float) -> Outcome:
-    done = subprocess.run(command, cwd=cwd, env=CLEAN | (env or {}), capture_output=True, text=True, timeout=timeout)
+    return run_in(CLEAN | (env or {}), command, cwd, timeout)
+
+
+def run_in(environment: dict[str, str], command: list[str], cwd: Path, timeout: float) -> Outcome:
+    """Runs a command to its end in this environment and no other, as one must that may use GPUs."""
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 

@@ -19,7 +19,7 @@ import torch
 
 from digitdist.distributed import device_name
 from digitdist.distributed.device import accelerator_type, lacks
-from helpers.launching import BIN, CLEAN, HIDING, QUIET, ROOT, SHOWN, Outcome, run, start_process
+from helpers.launching import BIN, CLEAN, HIDING, QUIET, ROOT, SHOWN, Outcome, run_in, start_process
 
 SIMULATED = os.environ.get("DIGITDIST_TEST_DEVICE") == "simulated"
 SIMULATOR = ROOT / "tests/helpers/simulated_device.py"
@@ -98,7 +98,7 @@ def launch(
     timeout: float = 300,
 ) -> Outcome:
     """Runs `module` to its end on so many GPUs."""
-    return run(command(module, *arguments, processes=processes), cwd, environment(env), timeout)
+    return run_in(environment(env), command(module, *arguments, processes=processes), cwd, timeout)
 
 
 def start(
@@ -183,7 +183,7 @@ def commands(command_lines: Mapping[str, Sequence[str]], cwd: Path, on_cpu: bool
     worker = ("helpers.commands_worker", str(file))
     program = [sys.executable, "-m", *worker] if on_cpu else command(*worker)
     hidden = HIDING | {"ACCELERATE_USE_CPU": "true"} if on_cpu else {}
-    done = run(program, cwd, environment(hidden), timeout=300)
+    done = run_in(environment(hidden), program, cwd, timeout=300)
     assert done.code == 0, done.err
     outcomes = dict(zip(command_lines, json.loads(done.out), strict=True))
     for name, (code, _, err) in outcomes.items():

@@ -14,17 +14,21 @@ from helpers.launching import ROOT, Outcome, python
 README = ROOT / "tests/gpu/README.md"
 LINE = re.compile(r"(holds|fails|not tried) +(.+)")
 SEES = """
-import json, os, pytest
+import json, os, sys, pytest
 from pathlib import Path
 from helpers import on_device
-from helpers.launching import CLEAN, HIDING
+from helpers.launching import HIDING, run
 
 @pytest.mark.parametrize("marker", ["none", pytest.param("gpu", marks=pytest.mark.gpu)])
 def test_it(marker):
-    environments = {"own": os.environ, "of a launch": CLEAN, "of a launch on GPUs": on_device.environment()}
-    seen = {name: [environment.get(variable) for variable in HIDING] for name, environment in environments.items()}
-    Path(__file__).with_name(f"{marker}.json").write_text(json.dumps(seen))
+    here = Path(__file__).parent
+    plain = run([sys.executable, "-m", "says"], here, {}, 50)
+    launched = {"a launch": plain, "a launch on GPUs": on_device.launch("says", cwd=here)}
+    seen = {name: json.loads(done.out) for name, done in launched.items()}
+    seen["the tests"] = [os.environ.get(variable) for variable in HIDING]
+    (here / f"{marker}.json").write_text(json.dumps(seen))
 """
+SAYS = "import json, os; from helpers.launching import HIDING; print(json.dumps([os.environ.get(name) for name in HIDING]))"
 
 
 def run_suite(device: str, timeout: float) -> Outcome:
@@ -66,6 +70,7 @@ def test_a_dry_run_holds_what_the_readme_says():
 @pytest.mark.parametrize("marker", ["none", "gpu"])
 def test_only_a_run_that_asks_for_the_tests_of_gpus_sees_one(tmp_path: Path, marker: str):
     (tmp_path / "test_sees.py").write_text(SEES)
+    (tmp_path / "says.py").write_text(SAYS)
     shown = {"CUDA_VISIBLE_DEVICES": "0,1", "HIP_VISIBLE_DEVICES": "0,1", "ZE_AFFINITY_MASK": "0,1"}
     settings = ("-c", str(ROOT / "pyproject.toml"), "-p", "conftest", "-p", "no:cacheprovider")
     selected = () if marker == "none" else ("-m", marker)
@@ -76,9 +81,9 @@ def test_only_a_run_that_asks_for_the_tests_of_gpus_sees_one(tmp_path: Path, mar
     seen = json.loads(file.read_text())
     hidden, visible = ["", "", "999"], list(shown.values())
     assert file.stem == marker
-    assert seen["own"] == (visible if marker == "gpu" else hidden)
-    assert seen["of a launch"] == hidden
-    assert seen["of a launch on GPUs"] == visible
+    assert seen["the tests"] == (visible if marker == "gpu" else hidden)
+    assert seen["a launch"] == hidden
+    assert seen["a launch on GPUs"] == visible
 
 
 def test_a_claim_holds_only_if_no_test_of_it_fails():
