@@ -14,7 +14,7 @@ from digitdist.distributed.device import (
     takes_pinned_memory,
     to_device,
 )
-from digitdist.distributed.failures import FailedRank, find_failed_rank, is_collective_failure
+from digitdist.distributed.failures import FailedRank, find_failed_rank, is_collective_failure, wait_for_others
 from digitdist.distributed.heartbeat import LEFT, NOTICED, RAISED, Heartbeat, heartbeat_size, read_beats
 from digitdist.distributed.launcher import launcher_start_time
 from digitdist.distributed.output import make_expendable
@@ -70,5 +70,6 @@ __all__ = [
     "takes_pinned_memory",
     "to_device",
     "use_deterministic_algorithms",
+    "wait_for_others",
     "work_on_main",
 ]

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 import psutil
 import torch.distributed as dist
 
-from digitdist.distributed.heartbeat import NOTICED, RAISED, RUNNING, Beat, Heartbeat
+from digitdist.distributed.heartbeat import LEFT, NOTICED, RAISED, RUNNING, Beat, Heartbeat
 from digitdist.distributed.launcher import PSUTIL_ERRORS
 
 # Gloo begins what it says with a place in its sources, but for this.
 OF_GLOO = re.compile(r"\[\S*/gloo/\S+\.(cc|h):\d+\] |Application timeout caused pair closure")
 SEARCH_S = 2.0  # in which a process that was just killed is seen as gone
+LOOK_EVERY_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -63,13 +64,31 @@ def find_failed_rank(heartbeat: Heartbeat) -> FailedRank:
         for what_happened, is_failed in _SIGNS.items():
             failed = [beat for beat in beats if is_failed(beat)]
             if failed:
-                reported_here = heartbeat.rank == min(beat.rank for beat in beats if beat not in failed)
+                left = [beat for beat in beats if beat not in failed and not (beat.state == LEFT and _is_gone(beat.pid))]
+                reported_here = heartbeat.rank == min(beat.rank for beat in left)
                 if what_happened == "is frozen" and reported_here:
                     os.kill(failed[0].pid, signal.SIGKILL)
                 return FailedRank(f"rank {failed[0].rank} {what_happened} at {failed[0].position}", reported_here)
-        time.sleep(0.05)
+        time.sleep(LOOK_EVERY_S)
         beats = heartbeat.beats()
     return _find_behind(beats, heartbeat)
+
+
+def wait_for_others(heartbeat: Heartbeat, timeout_s: float) -> FailedRank | None:
+    """Stays until the other ranks of this host have left, and none is frozen: a launcher waits for all, for ever if need be.
+
+    Returns the one that has failed instead, as one does that is frozen for `timeout_s`.
+    """
+    frozen_s = 0.0
+    while True:
+        others = [beat for beat in heartbeat.beats() if beat.rank != heartbeat.rank]
+        if any(map(has_failed, others)) or frozen_s > timeout_s:
+            return find_failed_rank(heartbeat)
+        is_one_frozen = any(_is_frozen(beat.pid) for beat in others)
+        if not is_one_frozen and all(beat.state == LEFT for beat in others):
+            return None
+        time.sleep(LOOK_EVERY_S)
+        frozen_s = frozen_s + LOOK_EVERY_S if is_one_frozen else 0.0
 
 
 def _find_behind(beats: list[Beat], heartbeat: Heartbeat) -> FailedRank:

@@ -33,6 +33,7 @@ from digitdist.distributed import (
     run_on_main,
     run_preflight,
     start_accelerator,
+    wait_for_others,
 )
 from digitdist.errors import Fault, PeerFailed, Stopped, UserError
 from digitdist.runs import RESULT, Run, fetch_run, open_run, record_end
@@ -119,10 +120,10 @@ def train_setup(setup: Setup, closing: contextlib.ExitStack) -> Path:
         trainer = Trainer(setup, accelerator, run, heartbeat, stop_request)
         closing.callback(trainer.recorder.close)
         trainer.train()
-    run.heartbeat.unlink(missing_ok=True)
-    accelerator.end_training()  # before the report, for which no rank need wait
-    if is_main() and config.run.report:
-        write_report(run.folder)
+        run.heartbeat.unlink(missing_ok=True)
+        accelerator.end_training()
+        if is_main() and config.run.report:
+            write_report(run.folder)
     return run.folder
 
 
@@ -143,9 +144,11 @@ def failures_named(heartbeat: Heartbeat, run: Run, timeout_s: float) -> Iterator
 
     watch = PeerWatch(heartbeat, timeout_s, report)
     watch.start()
+    cause = None
     try:
         yield
         watch.take_over(LEFT)
+        failed = wait_for_others(heartbeat, timeout_s)
     except (UserError, Stopped, Fault):
         watch.take_over(LEFT)
         raise
@@ -155,9 +158,10 @@ def failures_named(heartbeat: Heartbeat, run: Run, timeout_s: float) -> Iterator
             record_end(run.folder, fault=f"rank {heartbeat.rank} raised {error!r} at {heartbeat.position}")
             raise
         watch.take_over(NOTICED)
-        failed = find_failed_rank(heartbeat)
+        failed, cause = find_failed_rank(heartbeat), error
+    if failed:
         report(failed)
-        raise PeerFailed(failed.description) from error
+        raise PeerFailed(failed.description) from cause
 
 
 def write_report(folder: Path) -> None:

@@ -115,6 +115,18 @@ def test_a_rank_that_ends_is_named_and_ends_the_others(place: Path, unbroken: Pa
     assert_same_run(place / "runs/a", unbroken)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_freezes_after_the_last_step_is_named_and_ended(place: Path, unbroken: Path, rank: int):
+    """Though no rank needs it any more, the launcher waits for it."""
+    done = torchrun(2, *EXACT, "sync.timeout_s=3", cwd=place, env=fault(f"freeze rank={rank} step=60 phase=end"))
+    assert done.code == 1
+    (reported,) = [line for line in done.err.splitlines() if line.startswith("fault:")]
+    assert f"rank {rank} is frozen at step 60, phase end" in reported
+    assert torchrun(2, *EXACT, cwd=place).code == 0
+    assert_same_run(place / "runs/a", unbroken)
+
+
 BLOCKED = ("block rank=0 step=30 phase=sync", "block rank=2 step=30 phase=sync")
 
 
