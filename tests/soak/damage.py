@@ -16,12 +16,14 @@ Weights, predictions and counts are never the price, and no other file is touche
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -141,7 +143,8 @@ def choose(folder: Path, drawn: random.Random, without: frozenset[str]) -> Path 
 
 
 def do(folder: Path, drawn: random.Random, without: frozenset[str] = frozenset()) -> Damage | None:
-    """Damages a file of the run as `drawn` has it; None where there is none, or it has gone meanwhile."""
+    """Damages a file of the run as `drawn` has it, on a full disk as far as that goes; None where there is none, it has gone
+    meanwhile, or an extra one does not fit."""
     kind = drawn.choice([kind for kind in (*KINDS, SWAPPED, EXTRA, EXTRA) if kind not in without])
     file = choose(folder, drawn, without)
     if file is None or (file.name == ".lock" and kind == "unreadable"):  # refused: another training may hold it
@@ -154,7 +157,9 @@ def do(folder: Path, drawn: random.Random, without: frozenset[str] = frozenset()
 
 def _do(kind: str, folder: Path, file: Path, drawn: random.Random, without: frozenset[str]) -> Damage | None:
     if kind == EXTRA:
-        return Damage(kind, (_add_extra(folder, file, drawn),), replaced=False)
+        with _full_disk_borne():
+            return Damage(kind, (_add_extra(folder, file, drawn),), replaced=False)
+        return None
     names: tuple[Path, ...] = (file,)
     if kind == SWAPPED:
         other = choose(folder, drawn, without)
@@ -165,8 +170,18 @@ def _do(kind: str, folder: Path, file: Path, drawn: random.Random, without: froz
         os.replace(other, file)
         os.replace(aside, other)
     else:
-        KINDS[kind][0](file, drawn)
+        with _full_disk_borne():
+            KINDS[kind][0](file, drawn)
     return Damage(kind, tuple(str(name.relative_to(folder)) for name in names), kind == SWAPPED or KINDS[kind][1])
+
+
+@contextlib.contextmanager
+def _full_disk_borne() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
 
 
 def _add_extra(folder: Path, file: Path, drawn: random.Random) -> str:
