@@ -38,12 +38,12 @@ def run_on_main(accelerator: Accelerator, act: Callable[[], T]) -> T:
     return outcome[0]
 
 
-def work_on_main(accelerator: Accelerator, act: Callable[[], T], heartbeat: Heartbeat) -> T:
+def work_on_main(accelerator: Accelerator, act: Callable[[], T], heartbeat: Heartbeat | None = None) -> T:
     """As `run_on_main`, for an `act` that may take any time: the main rank says at intervals that it is at it, so that no other
     takes it for frozen. A rank that is frozen, or killed, while it acts ends the run as at any other time.
 
     `act` runs in a thread where there are other ranks. An error of another type than those of `run_on_main` is the main rank's
-    own. Collective: every rank must call it.
+    own. `heartbeat`: None before there is one. Collective: every rank must call it.
     """
     if accelerator.num_processes == 1:
         return act()
@@ -54,7 +54,8 @@ def work_on_main(accelerator: Accelerator, act: Callable[[], T], heartbeat: Hear
     while not is_done[0]:
         if accelerator.is_main_process:
             is_done[0] = bool(wait([outcome], timeout=STILL_AT_IT_S).done)
-        heartbeat.turns += 1  # neither the rank that acts nor one that waits for it is frozen, as `PeerWatch` would think
+        if heartbeat:
+            heartbeat.turns += 1  # neither the rank that acts nor one that waits for it is frozen, as `PeerWatch` would think
         broadcast_object_list(is_done)
     return run_on_main(accelerator, outcome.result)
 

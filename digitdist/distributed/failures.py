@@ -23,10 +23,12 @@ LOOK_EVERY_S = 0.05
 
 @dataclass(frozen=True)
 class FailedRank:
-    """What happened to which rank, and whether this rank is the one of its host to report it."""
+    """What happened to which rank, and whether this rank is the one of its host to report it; `silent`: nothing is known but
+    that one did not answer in time, so it may only have been slow."""
 
     description: str
     reported_here: bool
+    silent: bool = False
 
 
 def is_collective_failure(error: BaseException) -> bool:
@@ -96,9 +98,9 @@ def _find_behind(beats: list[Beat], heartbeat: Heartbeat) -> FailedRank:
     *_, before, last = [None, *sorted(beats, key=lambda beat: beat.place, reverse=True)]
     if before is not None and last is not None and before.place > last.place:
         reporter = min(beat.rank for beat in beats if beat is not last)
-        return FailedRank(f"rank {last.rank} did not answer, last seen at {last.position}", heartbeat.rank == reporter)
+        return FailedRank(f"rank {last.rank} did not answer, last seen at {last.position}", heartbeat.rank == reporter, True)
     whose = "a rank of another host did not answer" if len(beats) < heartbeat.world_size else "the ranks wait for each other"
-    return FailedRank(f"{whose}; rank {beats[0].rank} was at {beats[0].position}", heartbeat.rank == beats[0].rank)
+    return FailedRank(f"{whose}; rank {beats[0].rank} was at {beats[0].position}", heartbeat.rank == beats[0].rank, True)
 
 
 def _is_gone(pid: int) -> bool:

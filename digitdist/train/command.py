@@ -30,10 +30,10 @@ from digitdist.distributed import (
     make_expendable,
     process_restored,
     raise_on_all_ranks,
-    run_on_main,
     run_preflight,
     start_accelerator,
     wait_for_others,
+    work_on_main,
 )
 from digitdist.errors import Fault, PeerFailed, Stopped, UserError
 from digitdist.runs import RESULT, Run, fetch_run, open_run, record_end
@@ -105,7 +105,7 @@ def train_setup(setup: Setup, closing: contextlib.ExitStack) -> Path:
     launchers = sorted({time for time in gather_object([launcher_start_time()]) if time})
     fetch_run(config, plan, launchers)
     fit = partial(fitting, setup)
-    run = run_on_main(accelerator, lambda: open_run(config, plan, setup.splits, setup.last_step, launchers, fit))
+    run = work_on_main(accelerator, lambda: open_run(config, plan, setup.splits, setup.last_step, launchers, fit))
     closing.callback(run.close)
     if run.finished and run.stored:
         step = run.stored.step
@@ -138,7 +138,8 @@ def failures_named(heartbeat: Heartbeat, run: Run, timeout_s: float) -> Iterator
 
     def report(failed: FailedRank) -> None:
         if failed.reported_here:
-            line = f"fault: {failed.description}; the run ends; to resume it, {run.resuming}"
+            slow = f"; if it was only slow, raise sync.timeout_s={timeout_s:g}" if failed.silent else ""
+            line = f"fault: {failed.description}; the run ends{slow}; to resume it, {run.resuming}"
             print(line, file=sys.stderr, flush=True)  # first: the disk may be full
             record_end(run.folder, fault=failed.description)
 

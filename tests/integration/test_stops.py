@@ -176,7 +176,7 @@ def runs(process: psutil.Process) -> bool:
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
-# A save that takes long
+# What takes long
 
 
 def test_a_rank_that_saves_longer_than_the_timeout_is_not_frozen(place: Path):
@@ -186,6 +186,17 @@ def test_a_rank_that_saves_longer_than_the_timeout_is_not_frozen(place: Path):
     assert done.code == 0, done.err
     assert [event for event in attempts(place / "runs/a") if "fault" in event] == []
     assert result(place / "runs/a")["steps"] == 40
+
+
+def test_opening_a_run_may_take_longer_than_the_timeout(place: Path):
+    (place / "slow_disk.py").write_text(
+        "import time\nfrom digitdist.distributed import run_command\nfrom digitdist.train import command\n"
+        "opened = command.open_run\n"
+        "command.open_run = lambda *arguments: time.sleep(6) or opened(*arguments)\n"
+        "run_command(command.main)\n"
+    )
+    done = torchrun(2, "slow_disk.py", *SHORT[2:], "train.max_steps=20", "sync.timeout_s=3", cwd=place)
+    assert done.code == 0, done.err
 
 
 # A process that goes on
