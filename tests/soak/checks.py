@@ -111,7 +111,7 @@ def _problems_of_stop(attempt: Attempt, stop: Fault, hit_checkpoints: bool) -> I
         if attempt.seconds_from_last_fault > allowed:
             yield f"two ^C took {attempt.seconds_from_last_fault:.0f} s"
         return
-    if not (stop.in_training and stop.at) or attempt.code == 0:
+    if not (stop.in_training and stop.at) or attempt.code == 0 or attempt.had_frozen:  # which no rank can save without
         return
     saved = max(attempt.intact_after, default=0)
     if saved < stop.at.step and not hit_checkpoints and not attempt.disk_was_full:

@@ -162,6 +162,7 @@ TRACEBACK = 'Traceback (most recent call last):\n  File "/x/digitdist/train/trai
 AT = Position(22, "forward")
 STOPPED = Fault(0, "stop", random.Random(), "training", 0.5, "SIGTERM", AT, None, "rank", "TERM", ends=True)
 KILLED = Fault(0, "kill a rank", random.Random(), "training", 0.5, "SIGKILL", AT, None, "rank", ends=True)
+FROZEN = Fault(0, "freeze", random.Random(), "training", 0.5, "rank 0 frozen for good", AT, None, "rank")
 PAUSED = Fault(0, "pause", random.Random(), "training", 0.5, "paused", AT)
 
 
@@ -178,6 +179,7 @@ PAUSED = Fault(0, "pause", random.Random(), "training", 0.5, "paused", AT)
         (Attempt(Launch("python", 1), [STOPPED], 75, "", 1, [15, 20], [20, 22], []), None),
         (Attempt(Launch("python", 1), [STOPPED], 75, "", 1, [15, 20], [15, 20], []), "it was asked to stop at step 22"),
         (Attempt(Launch("python", 1), [STOPPED], -15, "", 1, [15, 20], [20, 22], []), "exit code -15 after a request"),
+        (Attempt(Launch("torchrun that restarts", 2), [FROZEN, STOPPED], 1, "", 1, [15, 20], [15, 20], []), None),
         (Attempt(Launch("torchrun", 2), [KILLED], 1, "fault: rank 1 was killed", 1, [20], [20], []), None),
         (Attempt(Launch("torchrun", 2), [KILLED], 1, "", 1, [20], [20], []), "no line names the rank"),
         (Attempt(Launch("torchrun that restarts", 2), [KILLED], 0, "", 1, [20], [40], []), None),
