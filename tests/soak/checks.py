@@ -73,7 +73,8 @@ def problems(attempt: Attempt) -> Iterator[str]:
     refusals = [line for line in attempt.output.splitlines() if line.startswith("error:")]
     if attempt.had_frozen:  # before it has joined, it is one that has not come, or rank 0 does not answer
         refusals = [line for line in refusals if "within sync.join_timeout_s" not in line]
-    if any(fault.done.startswith("SIGKILL") for fault in attempt.faults):  # of what served the store where ranks meet
+    ended = any(fault.done.startswith("SIGKILL") or "to the launcher" in fault.done for fault in attempt.faults)
+    if ended:  # what served the store where ranks meet
         refusals = [line for line in refusals if "where the ranks were meeting, has closed" not in line]
     if refusals and not full_at_start:
         yield f"a mistake of the user's is reported: {refusals}"

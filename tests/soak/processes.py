@@ -65,11 +65,26 @@ def send(processes: Iterable[psutil.Process], number: int) -> None:
 
 
 def left_after(mark: str, seconds: float) -> list[str]:
-    """The command lines of processes of `mark` that are still there after so long."""
+    """The command lines of processes of `mark` that are still there after so long; of those frozen for good, which may have
+    neither a launcher nor other ranks any more that could end them, as long after they have been thawed."""
+    left = _wait_for_end(mark, seconds)
+    if frozen := [process for process in left if _is_frozen(process)]:
+        send(frozen, signal.SIGCONT)
+        left = _wait_for_end(mark, seconds)
+    return [f"{process.pid} {' '.join(process.cmdline())[:100]}" for process in left if process.is_running()]
+
+
+def _is_frozen(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return process.status() == psutil.STATUS_STOPPED
+    return False
+
+
+def _wait_for_end(mark: str, seconds: float) -> list[psutil.Process]:
     deadline = time.monotonic() + seconds
     while (left := marked(mark)) and time.monotonic() < deadline:
         time.sleep(0.1)
-    return [f"{process.pid} {' '.join(process.cmdline())[:100]}" for process in left if process.is_running()]
+    return left
 
 
 def end_all(mark: str) -> None:
