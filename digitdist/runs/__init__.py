@@ -4,6 +4,7 @@ A new metric needs nothing here: whatever a training logs is recorded.
 """
 
 from digitdist.runs.attempts import read_attempts, record_end
+from digitdist.runs.ensembles import check_held_out, count_runs, load_runs, split_overrides
 from digitdist.runs.finding import StoredRun, find_run, find_study, load_run, read_info, runs_of
 from digitdist.runs.folder import CONFIG, DATA_SET, ENVIRONMENT, PREDICTIONS, RESULT, Run
 from digitdist.runs.metrics import METRICS, read_metrics
@@ -29,7 +30,9 @@ __all__ = [
     "Run",
     "StoredRun",
     "Tracker",
+    "check_held_out",
     "confusion_chart",
+    "count_runs",
     "fetch_run",
     "find_run",
     "find_study",
@@ -38,6 +41,7 @@ __all__ = [
     "image_table",
     "is_in_use",
     "load_run",
+    "load_runs",
     "made_here",
     "mark_run",
     "open_run",
@@ -48,6 +52,7 @@ __all__ = [
     "runs_of",
     "seed_folder",
     "seeds_in",
+    "split_overrides",
     "start_tracker",
     "studies_in",
     "sync_wandb",

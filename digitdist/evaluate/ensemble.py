@@ -1,0 +1,63 @@
+"""Several networks as one that averages their probabilities, beside the best of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from digitdist.evaluate.evaluating import Scores
+from digitdist.evaluate.result import Evaluation
+from digitdist.evaluate.statistics import mcnemar
+
+SIGNIFICANT = 0.05
+
+
+def mean_probabilities(members: Sequence[Tensor]) -> Tensor:
+    """The mean, float64 [n, classes], of the probabilities that each of the `members` gives, float32 or float64 [n, classes].
+
+    They are sorted before they are summed, so that the order of the members has no influence on any bit. What one member gives
+    comes back as it is.
+    """
+    return torch.stack([probabilities.double() for probabilities in members]).sort(0).values.mean(0)
+
+
+def average(members: Sequence[Scores]) -> Scores:
+    """What the ensemble of several networks makes of the images that each of them was given."""
+    first = members[0]
+    assert all(torch.equal(member.index, first.index) and torch.equal(member.label, first.label) for member in members)
+    mean = mean_probabilities([member.log_probability.double().exp() for member in members])
+    return Scores(first.index, first.label, mean.log())
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An ensemble beside the best of its members, that of number `best`: how many images only one of the two predicts right.
+
+    The best is chosen on these same images, which favours it: a member that was only lucky here looks better than it is.
+    """
+
+    best: int
+    only_ensemble: int
+    only_best: int
+
+    @property
+    def p_value(self) -> float:
+        """McNemar's, exact."""
+        return mcnemar(self.only_ensemble, self.only_best)
+
+    def __str__(self) -> str:
+        better = "the ensemble" if self.only_ensemble > self.only_best else "that run"
+        finding = f"{better} is better" if self.p_value < SIGNIFICANT else "no difference shown"
+        p = f"p = {self.p_value:.2g}" if self.p_value >= 0.0001 else "p < 0.0001"
+        counts = f"{self.only_ensemble:,} images only the ensemble got right, {self.only_best:,} only that run"
+        return f"{finding}, {p} (McNemar); {counts}"
+
+
+def compare_with_best(ensemble: Evaluation, members: Sequence[Evaluation]) -> Comparison:
+    """The ensemble beside the member with the most images right, of several such the one with the lowest loss."""
+    best = max(range(len(members)), key=lambda number: (members[number].correct, -members[number].mean_loss))
+    right, theirs = (result.label == result.prediction for result in (ensemble, members[best]))
+    return Comparison(best, int((right & ~theirs).sum()), int((theirs & ~right).sum()))
