@@ -92,8 +92,9 @@ def prepare_module(accelerator: Accelerator, module: nn.Module, data_parallel: b
 
 def autocast(accelerator: Accelerator, precision: str | None = None) -> AbstractContextManager[None]:
     """A context that computes in `precision` (fp32, bf16 or fp16), by default in the accelerator's: it has only one, and the
-    members of an ensemble may differ in theirs."""
-    if precision is None:
+    runs of an ensemble may differ in theirs."""
+    own = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
+    if precision in (None, own):
         return accelerator.autocast()
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     return torch.autocast(accelerator.device.type, dtype, enabled=precision != "fp32")

@@ -10,9 +10,7 @@ from torch import Tensor
 
 from digitdist.evaluate.evaluating import Scores
 from digitdist.evaluate.result import Evaluation
-from digitdist.evaluate.statistics import mcnemar
-
-SIGNIFICANT = 0.05
+from digitdist.evaluate.statistics import SIGNIFICANT, mcnemar, p_in_words
 
 
 def mean_probabilities(members: Sequence[Tensor]) -> Tensor:
@@ -51,9 +49,8 @@ class Comparison:
     def __str__(self) -> str:
         better = "the ensemble" if self.only_ensemble > self.only_best else "that run"
         finding = f"{better} is better" if self.p_value < SIGNIFICANT else "no difference shown"
-        p = f"p = {self.p_value:.2g}" if self.p_value >= 0.0001 else "p < 0.0001"
         counts = f"{self.only_ensemble:,} images only the ensemble got right, {self.only_best:,} only that run"
-        return f"{finding}, {p} (McNemar); {counts}"
+        return f"{finding}, {p_in_words(self.p_value)} (McNemar); {counts}"
 
 
 def compare_with_best(ensemble: Evaluation, members: Sequence[Evaluation]) -> Comparison:

@@ -14,27 +14,17 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from digitdist.config import Parser, shown
-from digitdist.data import DataSetInfo, list_pictures, normalise, open_picture, picture_form, read_picture
+from digitdist.data import DataSetInfo, list_pictures, open_picture, picture_form, read_picture
 from digitdist.distributed import run_command
 from digitdist.errors import EXIT_USER_ERROR, UserError
-from digitdist.evaluate import mean_probabilities
-from digitdist.runs import StoredRun, count_runs, load_runs
+from digitdist.predict.ensembles import open_ensemble
+from digitdist.runs import count_runs, load_runs
 from digitdist.world import print_main
-
-
-def predict(model: nn.Module, images: Tensor, info: DataSetInfo, precision: str = "fp32") -> Tensor:
-    """Probability of each class, float32 [n, classes], for raw images; the model must be in `eval` mode, and is run in
-    `precision`: fp32 or bf16."""
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-        logits = model(normalise(images, info))
-    return logits.float().softmax(1)
 
 
 def describe(file: str, probabilities: Tensor, top: int, info: DataSetInfo, as_json: bool) -> str:
@@ -44,28 +34,6 @@ def describe(file: str, probabilities: Tensor, top: int, info: DataSetInfo, as_j
         return f"{file}: " + ", ".join(f"{shown(info.classes[d])} {100 * p:.2f} %" for d, p in zip(digits, values, strict=True))
     found = [{"digit": d, "class": info.classes[d], "probability": p} for d, p in zip(digits, values, strict=True)]
     return json.dumps({"file": file} | found[0] | {"top": found})
-
-
-def open_ensemble(runs: Sequence[StoredRun], which: str) -> Callable[[Tensor], Tensor]:
-    """What gives the mean of the probabilities, float32 [n, classes], of checkpoint `which` of each run, for raw images; says
-    in what precision they are computed, and, of several runs, which they are.
-
-    Raises:
-        UserError: there is no such checkpoint, or its network cannot be built.
-    """
-    members: list[Callable[[Tensor], Tensor]] = []
-    precisions: list[tuple[str, str]] = []
-    for run in runs:
-        stored = run.checkpoint(which)
-        precisions.append((run.precision(stored, "cpu"), run.trained_precision(stored)))
-        members.append(partial(predict, run.model(stored).eval(), info=run.info, precision=precisions[-1][0]))
-    computed, trained = (", ".join(dict.fromkeys(names)) for names in zip(*precisions, strict=True))
-    if len(runs) > 1:
-        names = ", ".join(str(run.folder) for run in runs)
-        print_main(f"averaged over {len(runs)} runs: {names}; computed in {computed}, trained in {trained}")
-    elif (computed, trained) != ("fp32", "fp32"):
-        print_main(f"probabilities are computed in {computed}; the run was trained in {trained}")
-    return lambda images: mean_probabilities([member(images) for member in members]).float()
 
 
 def split_names(names: Sequence[str], own: Sequence[str]) -> tuple[list[str], list[str]]:

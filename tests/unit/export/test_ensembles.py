@@ -18,7 +18,7 @@ from digitdist.data import Splits
 from digitdist.errors import UserError
 from digitdist.export import formats
 from digitdist.export.__main__ import main
-from digitdist.predict.__main__ import open_ensemble
+from digitdist.predict.ensembles import open_ensemble
 from digitdist.runs import load_runs
 
 pytestmark = pytest.mark.slow  # exporters take seconds each
