@@ -17,9 +17,8 @@ SHARED = ("digitdist_version", "data_set", "classes", "precision")  # of what a 
 def export_ensemble(runs: Sequence[StoredRun], which: str, form: str, file: Path) -> str:
     """Writes checkpoint `which` of all `runs` as one `file`, as `export` does that of one; returns how it compares with them.
 
-    What the file must predict is the argmax of the mean of the runs' own probabilities in fp32, as `evaluate` takes it.
-
-    `form` is one that holds a graph: weights alone say nothing of an average.
+    The file must predict the class with the highest mean of the runs' own probabilities in fp32, as `evaluate` does. `form` is
+    one that holds a graph: weights alone say nothing of a mean.
 
     Raises:
         UserError: there is no such checkpoint or data set, or a model cannot be traced.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from digitdist.config import DataConfig, load_config, shown
+from digitdist.config import load_config, shown
 from digitdist.data import known_info
 from digitdist.errors import UserError
 from digitdist.runs.finding import StoredRun, load_run, runs_of
@@ -30,8 +30,8 @@ def count_runs(names: Sequence[str], overrides: Sequence[str]) -> int:
 
 
 def load_runs(names: Sequence[str], overrides: Sequence[str], needs_data: bool = True) -> list[StoredRun]:
-    """The runs of these folders or names, a study's being all its runs, each as `load_run` gives it; to be averaged where there
-    are several.
+    """The runs of these folders or names, a study standing for all its runs, each as `load_run` gives it. Several can be
+    averaged. Without `needs_data` it does not matter where their data are.
 
     Raises:
         UserError: one of them cannot be loaded, is there twice, or does not share with the others what it must.
@@ -95,11 +95,7 @@ def _shared(run: StoredRun, needs_data: bool) -> dict[str, Any]:
     info, data = run.info, run.config.data
     values: dict[str, Any] = {"the data set": info.name, "the shape of an image": info.image_shape}
     values |= {"the list of classes": info.classes, "data.image": info.image}
-    return values | (_place_of(data) if needs_data else {})
-
-
-def _place_of(data: DataConfig) -> dict[str, Any]:
-    """What says which images a configured data set has."""
-    if known_info(data):
-        return {"data.name": data.name}
-    return {"data.target": data.target, "data.args": data.args, "data.root": os.path.realpath(data.root)}
+    if needs_data:
+        root = None if known_info(data) else os.path.realpath(data.root)  # others are the same wherever they lie
+        values |= {"data.name": data.name, "data.target": data.target, "data.args": data.args, "data.root": root}
+    return values

@@ -94,6 +94,13 @@ def test_two_folders_of_one_name_are_two_data_sets_but_where_the_command_line_na
     assert len(load_runs(["a", "b"], [], needs_data=False)) == 2, "to predict pictures"
 
 
+def test_a_folder_that_has_the_name_of_a_data_set_is_another():
+    made(Path("runs/a"))
+    made(Path("runs/b"), "data.name=folder", "data.root=mnist")
+    with pytest.raises(UserError, match=r"cannot be averaged: data\.name is mnist and folder; give"):
+        load_runs(["a", "b"], [])
+
+
 def test_held_out_images_must_be_the_same_for_all():
     for name, *overrides in (
         ("a", "seed=1"),
