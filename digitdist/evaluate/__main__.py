@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from digitdist.checkpoint import weights_sha256
@@ -14,7 +15,8 @@ from digitdist.config import Parser, shown
 from digitdist.data import load_splits
 from digitdist.distributed import run_command
 from digitdist.errors import UserError
-from digitdist.evaluate.ensemble import average, compare_with_best
+from digitdist.evaluate.ensemble import Comparison, average, compare_with_best
+from digitdist.evaluate.evaluating import Scores
 from digitdist.evaluate.members import Member, open_member, start_for
 from digitdist.evaluate.result import Evaluation
 from digitdist.evaluate.saved import SavedPredictions, saved_predictions
@@ -54,49 +56,67 @@ def main() -> None:
     accelerator = start_for(members)
     images = images.to(accelerator.device)
     scores = [member.score(accelerator, images, layout) for member, layout in zip(members, layouts, strict=True)]
-    results = [each.evaluation() for each in scores]
-    whole = average(scores).evaluation() if len(members) > 1 else results[0]
+    outcome = judge(members, scores, arguments.split)
     if arguments.json:
-        print_main(json.dumps(as_json(members, results, whole, arguments.split)))
+        print_main(json.dumps(as_json(outcome, arguments.split)))
     else:
-        for line in as_text(members, results, whole, f"{splits.info.name} {arguments.split}", saved):
+        for line in as_text(outcome, f"{splits.info.name} {arguments.split}", saved):
             print_main(line)
     accelerator.end_training()
 
 
-def as_json(members: Sequence[Member], results: Sequence[Evaluation], whole: Evaluation, split: str) -> dict[str, Any]:
-    """What ``--json`` prints; `whole` is the result of all `members` together."""
-    classes = {"class_accuracy": whole.class_accuracy, "confusion": whole.confusion.tolist()}
-    each = [
-        {"run": str(member.run.folder), "step": member.stored.step} | counts | {"precision": member.plan.precision}
-        for member, counts in zip(members, map(_counts, results), strict=True)
-    ]
+@dataclass(frozen=True)
+class Outcome:
+    """The result of each run, and that of the `whole`: of a single run its own, of several that of their ensemble, which is
+    then `compared` with the best of them."""
+
+    members: Sequence[Member]
+    results: Sequence[Evaluation]
+    whole: Evaluation
+    compared: Comparison | None = None
+
+
+def judge(members: Sequence[Member], scores: Sequence[Scores], split: str) -> Outcome:
+    """The outcome of what the `members` make of the images of `split`."""
+    results = [each.evaluation() for each in scores]
     if len(members) == 1:
+        return Outcome(members, results, results[0])
+    whole = average(scores).evaluation()
+    held_out = [member.held_out_accuracy() for member in members] if split == "test" else ()
+    return Outcome(members, results, whole, compare_with_best(whole, results, held_out))
+
+
+def as_json(outcome: Outcome, split: str) -> dict[str, Any]:
+    """What ``--json`` prints."""
+    whole, compared = outcome.whole, outcome.compared
+    classes = {"class_accuracy": whole.class_accuracy, "confusion": whole.confusion.tolist()}
+    each: list[dict[str, Any]] = [
+        {"run": str(member.run.folder), "step": member.stored.step} | counts | {"precision": member.plan.precision}
+        for member, counts in zip(outcome.members, map(_counts, outcome.results), strict=True)
+    ]
+    if compared is None:
         first = {key: each[0].pop(key) for key in ("run", "step")}
         return first | {"split": split} | each[0] | classes
-    compared = compare_with_best(whole, results)
-    against = {"best": each[compared.best]["run"], "only_ensemble": compared.only_ensemble, "only_best": compared.only_best}
+    best = {"best": each[compared.best]["run"], "best_is_of": "validation" if compared.held_out else split}
+    against = {"only_ensemble": compared.only_ensemble, "only_best": compared.only_best, "p_value": compared.p_value}
     interval = {"interval": wilson_interval(whole.correct, whole.total)}
-    return {"runs": each, "split": split} | _counts(whole) | interval | against | {"p_value": compared.p_value} | classes
+    return {"runs": each, "split": split} | _counts(whole) | interval | best | against | classes
 
 
-def as_text(
-    members: Sequence[Member], results: Sequence[Evaluation], whole: Evaluation, images: str, saved: SavedPredictions | None
-) -> list[str]:
+def as_text(outcome: Outcome, images: str, saved: SavedPredictions | None) -> list[str]:
     """The lines that are printed without ``--json``; `images` says in words what was evaluated, and `saved` is what a single
     run's training has predicted."""
-    names = [f"{member.run.folder} at step {member.stored.step:,}" for member in members]
-    computed = [f"in {member.plan.precision} on {member.plan.device_type}" for member in members]
-    each = zip(names, results, computed, strict=True)
-    lines = [f"{name}, {images}: {result}, {how}" for name, result, how in each]
+    members, whole, compared = outcome.members, outcome.whole, outcome.compared
+    lines = [
+        f"{member.run.folder} at step {member.stored.step:,}, {images}: {result}, in {member.plan.precision} on"
+        f" {member.plan.device_type}"
+        for member, result in zip(members, outcome.results, strict=True)
+    ]
     if saved:
         lines.append(saved.compare(whole.index, whole.prediction))
-    if len(members) > 1:
-        compared = compare_with_best(whole, results)
-        lines += [
-            f"ensemble of these {len(members)} runs, {images}: {whole}",
-            f"beside {members[compared.best].run.folder}, the best of them on these same images, which favours it: {compared}",
-        ]
+    if compared:
+        lines.append(f"ensemble of these {len(members)} runs, {images}: {whole}")
+        lines.append(f"beside {members[compared.best].run.folder}, {compared}")
     classes = zip(members[0].run.info.classes, whole.class_accuracy, strict=True)
     return [*lines, "of each class: " + ", ".join(f"{shown(n)} {100 * a:.2f} %" for n, a in classes if a is not None)]
 

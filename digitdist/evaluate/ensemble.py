@@ -34,10 +34,12 @@ def average(members: Sequence[Scores]) -> Scores:
 class Comparison:
     """An ensemble beside the best of its members, that of number `best`: how many images only one of the two predicts right.
 
-    The best is chosen on these same images, which favours it: a member that was only lucky here looks better than it is.
+    `held_out`: it was chosen by images that the members' trainings held out. Else it was chosen on these same images, which
+    favours it: a member that was only lucky here looks better than it is.
     """
 
     best: int
+    held_out: bool
     only_ensemble: int
     only_best: int
 
@@ -47,14 +49,19 @@ class Comparison:
         return mcnemar(self.only_ensemble, self.only_best)
 
     def __str__(self) -> str:
+        chosen = "held-out images" if self.held_out else "these same images, which favours it"
         better = "the ensemble" if self.only_ensemble > self.only_best else "that run"
         finding = f"{better} is better" if self.p_value < SIGNIFICANT else "no difference shown"
         counts = f"{self.only_ensemble:,} images only the ensemble got right, {self.only_best:,} only that run"
-        return f"{finding}, {p_in_words(self.p_value)} (McNemar); {counts}"
+        return f"the best of them on {chosen}: {finding}, {p_in_words(self.p_value)} (McNemar); {counts}"
 
 
-def compare_with_best(ensemble: Evaluation, members: Sequence[Evaluation]) -> Comparison:
-    """The ensemble beside the member with the most images right, of several such the one with the lowest loss."""
-    best = max(range(len(members)), key=lambda number: (members[number].correct, -members[number].mean_loss))
+def compare_with_best(ensemble: Evaluation, members: Sequence[Evaluation], held_out: Sequence[float | None] = ()) -> Comparison:
+    """The ensemble beside the member with the highest accuracy on held-out images, `held_out`, where all have one; else beside
+    that with the most of these images right, of several such the one with the lowest loss."""
+    known = [accuracy for accuracy in held_out if accuracy is not None]
+    chosen_by_them = len(known) == len(members)
+    scores = [(a, 0.0) for a in known] if chosen_by_them else [(float(m.correct), -m.mean_loss) for m in members]
+    best = max(range(len(members)), key=lambda number: scores[number])
     right, theirs = (result.label == result.prediction for result in (ensemble, members[best]))
-    return Comparison(best, int((right & ~theirs).sum()), int((theirs & ~right).sum()))
+    return Comparison(best, chosen_by_them, int((right & ~theirs).sum()), int((theirs & ~right).sum()))

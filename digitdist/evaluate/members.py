@@ -18,8 +18,10 @@ from digitdist.distributed import Plan, make_plan, planned_device, start_acceler
 from digitdist.evaluate.evaluating import Scores, chunked_loader, score
 from digitdist.model_checks import FEW_IMAGES, Traits, first_images, layout_problem
 from digitdist.models import build_model
-from digitdist.runs import StoredRun
+from digitdist.runs import StoredRun, read_metrics
 from digitdist.world import read_world
+
+HELD_OUT = "validation/accuracy"  # among a run's metrics
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,12 @@ class Member:
     model: nn.Module
     settings: Config
     plan: Plan
+
+    def held_out_accuracy(self) -> float | None:
+        """The accuracy that the training has logged at this step of the images that it held out; None where there are none."""
+        events = read_metrics(self.run.folder, lambda _: None)
+        found = [event.get(HELD_OUT) for event in events if event["step"] == self.stored.step]
+        return next((accuracy for accuracy in reversed(found) if accuracy is not None), None)
 
     def layout(self, images: AnySet) -> torch.memory_format:
         """The memory format that the network takes, tried on a few of the images, on the CPU."""

@@ -61,6 +61,7 @@ def test_the_count_is_one_made_by_hand_from_the_members_probabilities_on_any_wor
     assert whole["loss"] == pytest.approx(-np.log(mean[np.arange(10_000), label]).mean(), rel=1e-6)
     best = max(range(4), key=lambda number: right[number].sum())
     only = [int((right[4] & ~right[best]).sum()), int((right[best] & ~right[4]).sum())]
+    assert whole["best_is_of"] == "test"
     assert (whole["best"], [whole["only_ensemble"], whole["only_best"]]) == (names[best], only)
     assert whole["p_value"] == mcnemar(*only)
 

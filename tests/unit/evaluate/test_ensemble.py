@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import math
 from collections.abc import Sequence
 
@@ -130,7 +131,27 @@ def test_the_ensemble_beside_its_best_member_by_hand():
     compared = compare_with_best(right(of=40, only=range(14, 40)), members)
     assert (compared.best, compared.only_ensemble, compared.only_best) == (1, 8, 4)
     assert compared.p_value == 2 * sum(math.comb(12, k) for k in range(5)) / 2**12
-    assert str(compared) == "no difference shown, p = 0.39 (McNemar); 8 images only the ensemble got right, 4 only that run"
+    assert str(compared) == (
+        "the best of them on these same images, which favours it: no difference shown, p = 0.39 (McNemar); 8 images only the"
+        " ensemble got right, 4 only that run"
+    )
     better = compare_with_best(right(of=40, only=range(40)), members)
-    assert str(better).startswith("the ensemble is better, p < 0.0001 (McNemar); 18 images only")
-    assert str(compare_with_best(right(of=40, only=range(0)), members)).startswith("that run is better, p < 0.0001")
+    assert "the ensemble is better, p < 0.0001 (McNemar); 18 images only" in str(better)
+    assert "that run is better, p < 0.0001" in str(compare_with_best(right(of=40, only=range(0)), members))
+
+
+def test_the_best_member_is_that_of_held_out_images_where_all_have_them():
+    members = [right(of=40, only=range(20)), right(of=40, only=range(10, 32)), right(of=40, only=range(5))]
+    ensemble = right(of=40, only=range(14, 40))
+    compared = compare_with_best(ensemble, members, [0.5, 0.4, 0.9])
+    assert (compared.best, compared.only_ensemble, compared.only_best) == (2, 26, 5)
+    assert str(compared).startswith("the best of them on held-out images: the ensemble is better, p = 0.")
+    assert compare_with_best(ensemble, members, [0.5, None, 0.9]).best == 1
+
+
+def test_the_accuracy_on_held_out_images_is_that_which_was_logged_at_the_checkpoints_step(members: list[Member]):
+    events = ({"step": 5, "train/loss": 2.0}, {"step": 5, "validation/accuracy": 0.5}, {"step": 9, "validation/accuracy": 0.7})
+    lines = [json.dumps(event | {"epoch": 1, "time": 1.0}) + "\n" for event in events]
+    (members[0].run.folder / "metrics.jsonl").write_text("".join(lines))
+    assert members[0].held_out_accuracy() == 0.5
+    assert members[1].held_out_accuracy() is None
