@@ -10,10 +10,10 @@ from digitdist.process_start import prepare_process
 COMMANDS = {
     "train": "train a network on whatever the launcher gives",
     "data": "what a data set is",
-    "evaluate": "the exact accuracy of a run",
+    "evaluate": "the exact accuracy of a run, or of several as one ensemble",
     "predict": "the digit in each image file",
     "report": "plots and pages of runs",
-    "export": "a run's model as one file",
+    "export": "the model of a run, or of an ensemble, as one file",
     "bench": "speed on this machine",
     "checkpoint": "verify a run's checkpoints",
 }

@@ -37,6 +37,19 @@ class Parser(argparse.ArgumentParser):
     def add_run(self) -> None:
         """Adds a run and which of its checkpoints is meant."""
         self.add_argument("run", metavar="RUN", help="a run's folder, or its name in run.dir")
+        self._add_checkpoint()
+
+    def add_runs(self) -> None:
+        """Adds runs and which checkpoint of each is meant. Whatever else may come in any number is among them."""
+        self.add_argument(
+            "runs",
+            nargs="+",
+            metavar="RUN",
+            help="a run's folder, or its name in run.dir; several, or a study, are one ensemble, which averages probabilities",
+        )
+        self._add_checkpoint()
+
+    def _add_checkpoint(self) -> None:
         self.add_argument("--checkpoint", default="last", metavar="WHICH", help="last, best, or a step (default: last)")
 
     def parse_args(self, *arguments: Any) -> argparse.Namespace:  # type: ignore[override]

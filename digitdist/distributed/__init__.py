@@ -3,7 +3,7 @@
 Whatever depends on a launcher, a device, a signal or another rank's fate belongs here; what is trained does not.
 """
 
-from digitdist.distributed.accelerator import prepare_module, start_accelerator
+from digitdist.distributed.accelerator import autocast, prepare_module, start_accelerator
 from digitdist.distributed.collectives import broadcast_tensors, check_equal, gather_rows, run_on_main, work_on_main
 from digitdist.distributed.device import (
     describe_instructions,
@@ -40,6 +40,7 @@ __all__ = [
     "PhaseTimer",
     "Plan",
     "StopRequest",
+    "autocast",
     "broadcast_tensors",
     "check_equal",
     "cpu_quota",

@@ -6,6 +6,7 @@ import ipaddress
 import os
 import socket
 import warnings
+from contextlib import AbstractContextManager
 from datetime import timedelta
 
 import psutil
@@ -87,6 +88,16 @@ def prepare_module(accelerator: Accelerator, module: nn.Module, data_parallel: b
     if not data_parallel and accelerator.device.type == "cpu":
         return module
     return accelerator.prepare_model(module, evaluation_mode=not data_parallel)
+
+
+def autocast(accelerator: Accelerator, precision: str | None = None) -> AbstractContextManager[None]:
+    """A context that computes in `precision` (fp32, bf16 or fp16), by default in the accelerator's: it has only one, and the
+    runs of an ensemble may differ in theirs."""
+    own = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
+    if precision in (None, own):
+        return accelerator.autocast()
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(accelerator.device.type, dtype, enabled=precision != "fp32")
 
 
 def _choose_network_interface(address: str) -> None:

@@ -3,21 +3,30 @@
 A new statistic is a function in `statistics.py` with its source.
 """
 
-from digitdist.evaluate.evaluating import chunked_loader, evaluate
+from digitdist.evaluate.ensemble import Comparison, average, compare_with_best, mean_probabilities
+from digitdist.evaluate.evaluating import Scores, chunked_loader, evaluate, score
 from digitdist.evaluate.result import Evaluation, load_predictions, save_predictions
 from digitdist.evaluate.saved import SavedPredictions, saved_predictions
-from digitdist.evaluate.statistics import calibration, holm, mcnemar, wilson_interval
+from digitdist.evaluate.statistics import SIGNIFICANT, calibration, holm, mcnemar, p_in_words, wilson_interval
 
 __all__ = [
+    "SIGNIFICANT",
+    "Comparison",
     "Evaluation",
     "SavedPredictions",
+    "Scores",
+    "average",
     "calibration",
     "chunked_loader",
+    "compare_with_best",
     "evaluate",
     "holm",
     "load_predictions",
     "mcnemar",
+    "mean_probabilities",
+    "p_in_words",
     "save_predictions",
     "saved_predictions",
+    "score",
     "wilson_interval",
 ]

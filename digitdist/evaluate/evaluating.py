@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from digitdist.config import Config
 from digitdist.data import AnySet, Batch, DataSetInfo, derive_seed, evaluation_loader, normalise, seed_generators
-from digitdist.distributed import gather_rows
+from digitdist.distributed import autocast, gather_rows
 from digitdist.evaluate.result import Evaluation
 from digitdist.model_state import SavedBuffers
 
@@ -24,29 +25,52 @@ def chunked_loader(accelerator: Accelerator, images: AnySet, config: Config) -> 
     return evaluation_loader(accelerator, images, chunk_size=-(-config.data.eval_batch_size // config.sync.shards))
 
 
+@dataclass(frozen=True)
+class Scores:
+    """What a network makes of each image: `index`, `label` int64 [n], and `log_probability` of each class, float32 or float64
+    [n, classes]; sorted by index, on the CPU."""
+
+    index: Tensor
+    label: Tensor
+    log_probability: Tensor
+
+    def evaluation(self) -> Evaluation:
+        """The most probable class of each image, and its loss."""
+        highest, prediction = self.log_probability.max(1)
+        loss = F.nll_loss(self.log_probability, self.label, reduction="none")
+        columns = (self.index, self.label, prediction, highest.exp().float(), loss.float())
+        return Evaluation(*(column.numpy() for column in columns), num_classes=self.log_probability.shape[1])
+
+
 def evaluate(accelerator: Accelerator, model: nn.Module, loader: Iterable[Batch], info: DataSetInfo) -> Evaluation:
+    """The evaluation of what `score` gives. Collective: every rank must call it."""
+    return score(accelerator, model, loader, info).evaluation()
+
+
+def score(
+    accelerator: Accelerator, model: nn.Module, loader: Iterable[Batch], info: DataSetInfo, precision: str | None = None
+) -> Scores:
     """Predicts every image of a `chunked_loader` once, shared over all ranks. Collective: every rank must call it.
 
-    The sums over images are taken in the order of their indices, so that losses too are the same on any world size.
+    It computes in `precision` (fp32, bf16 or fp16), by default in the accelerator's. Its rows are in the order of indices, so
+    that sums over them too are the same on any world size.
 
     Raises:
         RuntimeError: an image is missing, or was predicted twice.
     """
-    logits, labels = _predict(accelerator, model, loader, info)
+    logits, labels = _predict(accelerator, model, loader, info, precision)
     names = gather_rows(accelerator, labels, padding=-1)
     scores = gather_rows(accelerator, logits, padding=0)
     order = names[:, 0].argsort(stable=True)
     order = order[names[order, 0] >= 0]
     index, label = names[order].T
     check_each_once(index.numpy(), loader.dataset.indices)  # type: ignore[attr-defined]
-    log_probability = scores[order].log_softmax(1)  # of all images at once, so that the world size has no influence
-    highest, prediction = log_probability.max(1)
-    loss = F.nll_loss(log_probability, label, reduction="none")
-    columns = (index, label, prediction, highest.exp(), loss)
-    return Evaluation(*(column.numpy() for column in columns), num_classes=info.num_classes)
+    return Scores(index, label, scores[order].log_softmax(1))  # of all at once, so that the world size has no influence
 
 
-def _predict(accelerator: Accelerator, model: nn.Module, loader: Iterable[Batch], info: DataSetInfo) -> tuple[Tensor, Tensor]:
+def _predict(
+    accelerator: Accelerator, model: nn.Module, loader: Iterable[Batch], info: DataSetInfo, precision: str | None
+) -> tuple[Tensor, Tensor]:
     """This rank's logits, float32 [n, classes], and the index and label of each, int64 [n, 2].
 
     What a network draws at random depends on the chunk alone, and what it writes into its buffers is undone: neither the world
@@ -58,7 +82,7 @@ def _predict(accelerator: Accelerator, model: nn.Module, loader: Iterable[Batch]
     was_training = model.training
     model.eval()
     saved = SavedBuffers(model)
-    with torch.inference_mode(), accelerator.autocast():
+    with torch.inference_mode(), autocast(accelerator, precision):
         for turn, batch in enumerate(loader):
             indices.append(batch.indices)
             labels.append(batch.labels)

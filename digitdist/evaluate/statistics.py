@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+SIGNIFICANT = 0.05  # a difference with a lower p value counts as shown
+
 
 def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     """The 95 % score interval of a proportion (E. B. Wilson, JASA 22, 1927)."""
@@ -52,6 +54,11 @@ def mcnemar(only_a: int, only_b: int) -> float:
         tail += ways
         ways = ways * (count - k) // (k + 1)
     return min(1.0, 2 * tail / 2**count)  # whole numbers until here, so nothing is rounded away
+
+
+def p_in_words(p_value: float) -> str:
+    """A p value as it is printed."""
+    return f"p = {p_value:.2g}" if p_value >= 0.0001 else "p < 0.0001"
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -1,6 +1,6 @@
-"""The command ``python -m digitdist.export``: a run's model as one file.
+"""The command ``python -m digitdist.export``: the model of a run, or of several as one ensemble, as one file.
 
-python -m digitdist.export RUN --format onnx
+python -m digitdist.export RUN... --format onnx
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from pathlib import Path
 from digitdist.config import Parser
 from digitdist.distributed import make_expendable, run_command
 from digitdist.errors import UserError
+from digitdist.export.ensembles import export_ensemble
 from digitdist.export.formats import FORMATS
 from digitdist.export.parity import export
-from digitdist.runs import load_run
+from digitdist.runs import load_runs, split_overrides
 from digitdist.world import print_main, read_world
 
 
@@ -43,23 +44,33 @@ def main() -> None:
     make_expendable("stdout")  # since its product is a file
     parser = Parser(
         "python -m digitdist.export",
-        "A run's model as one file, from raw images to probabilities, and a parity check against the run.",
+        "The model of a run, or of several as one ensemble, as one file, from raw images to probabilities, and a parity check.",
         "runs/quick --format onnx",
     )
-    parser.add_run()
+    parser.add_runs()
     parser.add_overrides("configuration, such as data.root=data; trust=true executes the network that a received run names")
     parser.add_argument("--format", required=True, choices=FORMATS, help="safetensors holds the weights alone")
-    parser.add_argument("--output", metavar="FILE", help="default: export/model.onnx, .pt2 or .safetensors in the run's folder")
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help="default: export/model.onnx, .pt2 or .safetensors in the run's folder; of an ensemble, ensemble.onnx or .pt2 here",
+    )
     arguments = parser.parse_args()
 
     if read_world().size > 1:
         raise UserError("an export is the work of one process; start it with python -m digitdist.export")
-    run = load_run(arguments.run, arguments.overrides)
-    file = Path(arguments.output or run.folder / "export" / f"model.{FORMATS[arguments.format].suffix}")
+    runs = load_runs(*split_overrides(arguments.runs))
+    single, suffix = len(runs) == 1, FORMATS[arguments.format].suffix
+    if not single and arguments.format == "safetensors":
+        raise UserError("--format safetensors holds the weights of one run; export each by itself, or choose onnx or torch")
+    file = Path(arguments.output or (runs[0].folder / "export" / f"model.{suffix}" if single else f"ensemble.{suffix}"))
     check_possible(arguments.format, file)
-    if not arguments.output and file.parent.is_symlink():
+    if single and not arguments.output and file.parent.is_symlink():
         raise UserError(f"{file.parent} is a link out of the run's folder; give --output FILE")
-    print_main(export(run, arguments.checkpoint, arguments.format, file))
+    if single:
+        print_main(export(runs[0], arguments.checkpoint, arguments.format, file))
+    else:
+        print_main(export_ensemble(runs, arguments.checkpoint, arguments.format, file))
 
 
 if __name__ == "__main__":

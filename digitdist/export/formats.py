@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,7 +40,22 @@ class Classifier(nn.Module):
         return self.network(normalise(images, self.info)).float().softmax(1)
 
 
-def trace(classifier: Classifier) -> torch.export.ExportedProgram:
+class EnsembleClassifier(nn.Module):
+    """Raw images as a `Classifier` takes them to the mean of the probabilities that several give, float32 [n, classes]."""
+
+    def __init__(self, members: Sequence[Classifier]):
+        super().__init__()
+        self.members, self.info = nn.ModuleList(members), members[0].info
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.stack([member(images) for member in self.members]).mean(0)
+
+
+AnyClassifier = Classifier | EnsembleClassifier
+
+
+def trace(classifier: AnyClassifier) -> torch.export.ExportedProgram:
     """The classifier as a graph that takes any number of images.
 
     Raises:
@@ -56,14 +71,14 @@ def trace(classifier: Classifier) -> torch.export.ExportedProgram:
     return program
 
 
-def to_torch(classifier: Classifier, metadata: Metadata) -> bytes:
+def to_torch(classifier: AnyClassifier, metadata: Metadata) -> bytes:
     """A `torch.export` archive, with the metadata as one JSON object in its extra file ``metadata.json``."""
     file = io.BytesIO()
     torch.export.save(trace(classifier), file, extra_files={"metadata.json": json.dumps(metadata)})
     return file.getvalue()
 
 
-def to_onnx(classifier: Classifier, metadata: Metadata) -> bytes:
+def to_onnx(classifier: AnyClassifier, metadata: Metadata) -> bytes:
     """An ONNX model, its weights inside, from ``images`` to ``probabilities``, with the metadata in `metadata_props`.
 
     Raises:
@@ -80,8 +95,9 @@ def to_onnx(classifier: Classifier, metadata: Metadata) -> bytes:
     return program.model_proto.SerializeToString()
 
 
-def to_safetensors(classifier: Classifier, metadata: Metadata) -> bytes:
-    """The weights alone, named as in the run's checkpoints, with the metadata as text."""
+def to_safetensors(classifier: AnyClassifier, metadata: Metadata) -> bytes:
+    """The weights alone of one run, named as in its checkpoints, with the metadata as text."""
+    assert isinstance(classifier, Classifier)
     # Clones, since safetensors refuses tensors that share memory, as tied weights do.
     weights = {name: tensor.contiguous().clone() for name, tensor in model_state(classifier.network).items()}
     return safetensors.torch.save(weights, _as_text(metadata))
@@ -114,7 +130,7 @@ class Format(NamedTuple):
     """The suffix of a file, what makes its content, and what loads the file."""
 
     suffix: str
-    write: Callable[[Classifier, Metadata], bytes]
+    write: Callable[[AnyClassifier, Metadata], bytes]
     read: Callable[[Path, Config, DataSetInfo], Classify]
 
 

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 import digitdist
 from digitdist.checkpoint import Checkpoint, weights_sha256
+from digitdist.config import Config
 from digitdist.data import AnySet, load_splits
 from digitdist.errors import UserError, in_one_line
 from digitdist.evaluate import saved_predictions
-from digitdist.export.formats import FORMATS, Classifier, Classify, Metadata
+from digitdist.export.formats import FORMATS, AnyClassifier, Classifier, Classify, Metadata
 from digitdist.files import write_synced
 from digitdist.model_state import model_state
 from digitdist.runs import StoredRun
@@ -51,24 +52,38 @@ def export(run: StoredRun, which: str, form: str, file: Path) -> str:
     metadata = describe(run, stored, network, correct, total)
     if saved:  # the training's own count, in its precision
         metadata["trained_test_correct"] = saved.result.correct
+    agreement = write_checked(classifier, metadata, form, file, expected, test, config)
+    report = f"{run.folder} at step {stored.step:,}, {splits.info.name} test: {counted(correct, total)}\n{agreement}"
+    compared = saved.compare(test.indices.numpy(), expected.argmax(1).numpy()) if saved else None
+    return f"{report}\n{compared}" if compared else report
+
+
+def write_checked(
+    classifier: AnyClassifier, metadata: Metadata, form: str, file: Path, expected: Tensor, test: AnySet, config: Config
+) -> str:
+    """Writes `classifier` as `file`, and keeps that only if it gives, for the images of `test`, the predictions of `expected`,
+    float32 [n, classes]; returns how it compares with them. `config` names the network of a file that holds weights alone.
+
+    Raises:
+        UserError: the file cannot be written, or the classifier not be traced.
+        RuntimeError: the file predicts otherwise.
+    """
     temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp")
     try:
         with quiet():
             write_synced(temporary, FORMATS[form].write(classifier, metadata))
-            found, _ = probabilities(FORMATS[form].read(temporary, config, info), test)
+            found, _ = probabilities(FORMATS[form].read(temporary, config, classifier.info), test)
             difference = compare(found, expected)
         os.replace(temporary, file)
     except OSError as error:
         raise UserError(f"{file}: {error.strerror or in_one_line(error)}; make room, or give another --output") from None
     finally:
         temporary.unlink(missing_ok=True)
-    counted = f"{correct:,}/{total:,} correct = {100 * correct / total:.2f} %"
-    report = (
-        f"{run.folder} at step {stored.step:,}, {splits.info.name} test: {counted}, in {PRECISION}\n{file}: the same prediction"
-        f" on all {total:,} images, largest difference of a probability {difference:.2g}"
-    )
-    compared = saved.compare(test.indices.numpy(), expected.argmax(1).numpy()) if saved else None
-    return f"{report}\n{compared}" if compared else report
+    return f"{file}: the same prediction on all {len(test):,} images, largest difference of a probability {difference:.2g}"
+
+
+def counted(correct: int, total: int) -> str:
+    return f"{correct:,}/{total:,} correct = {100 * correct / total:.2f} %, in {PRECISION}"
 
 
 def describe(run: StoredRun, stored: Checkpoint, network: nn.Module, correct: int, total: int) -> Metadata:

@@ -1,35 +1,30 @@
-"""The command ``python -m digitdist.predict``: the digit in each image file, by the model of a run, on one process.
+"""The command ``python -m digitdist.predict``: the digit in each image file, by the model of a run, or of several runs whose
+probabilities are averaged, on one process.
 
 Any picture of one digit will do: of any size and colours, dark on light or light on dark, with or without transparency, in even
 light or with a shadow across it. A file that holds no digit, or several side by side, is one ``error:`` line and does not stop
-the others. It needs the run's folder alone.
+the others. It needs the runs' folders alone.
 
-    python -m digitdist.predict RUN IMAGE...
+    python -m digitdist.predict RUN... IMAGE...
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
+from collections.abc import Sequence
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from digitdist.config import Parser, shown
-from digitdist.data import DataSetInfo, list_pictures, normalise, open_picture, picture_form, read_picture
+from digitdist.data import DataSetInfo, list_pictures, open_picture, picture_form, read_picture
 from digitdist.distributed import run_command
 from digitdist.errors import EXIT_USER_ERROR, UserError
-from digitdist.runs import load_run
+from digitdist.predict.ensembles import open_ensemble
+from digitdist.runs import count_runs, load_runs
 from digitdist.world import print_main
-
-
-def predict(model: nn.Module, images: Tensor, info: DataSetInfo, precision: str = "fp32") -> Tensor:
-    """Probability of each class, float32 [n, classes], for raw images; the model must be in `eval` mode, and is run in
-    `precision`: fp32 or bf16."""
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-        logits = model(normalise(images, info))
-    return logits.float().softmax(1)
 
 
 def describe(file: str, probabilities: Tensor, top: int, info: DataSetInfo, as_json: bool) -> str:
@@ -41,37 +36,50 @@ def describe(file: str, probabilities: Tensor, top: int, info: DataSetInfo, as_j
     return json.dumps({"file": file} | found[0] | {"top": found})
 
 
+def split_names(names: Sequence[str], own: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The names of runs, with which `names` begins, and those of images, which follow; `own` may hold a ``run.dir=``.
+
+    Raises:
+        UserError: there is no image, or the first is not there and has no suffix: a run may have been meant.
+    """
+    count = count_runs(names, own)
+    runs, images = list(names[:count]), list(names[count:])
+    if not images:
+        raise UserError("no IMAGE is given; give a file, a folder, or - for stdin")
+    first = images[0]
+    if first != "-" and not os.path.lexists(first) and not os.path.splitext(first)[1]:
+        raise UserError(f"{first}: neither a file nor a run of that folder or name; runs come first, then images")
+    return runs, images
+
+
 def main() -> None:
     """The command."""
     parser = Parser(
         "python -m digitdist.predict",
-        "The digit in each image, with its probability, by the model of a run.",
+        "The digit in each image, with its probability, by the model of a run, or of several runs as one ensemble.",
         "runs/quick digit.png photos --top 3",
     )
-    parser.add_run()
+    parser.add_runs()
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="a file, a folder, or - for stdin (run.dir=DIR, trust=true)")
     parser.add_argument("--top", type=int, default=1, metavar="K", help="the K most probable (default: 1)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of text")
     arguments = parser.parse_args()
-    own = [name for name in arguments.images if name.startswith(("run.dir=", "trust="))]
-    names = [name for name in arguments.images if name not in own]
-    if not names:
-        raise UserError("no IMAGE is given; give a file, a folder, or - for stdin")
+    given = [*arguments.runs, *arguments.images]  # the parser takes all but the last for runs
+    own = [name for name in given[1:] if name.startswith(("run.dir=", "trust="))]
+    names, images = split_names([given[0], *(name for name in given[1:] if name not in own)], own)
 
-    run = load_run(arguments.run, ["data.root=.", *own], needs_data=False)
-    if not 1 <= arguments.top <= run.info.num_classes:
-        raise UserError(f"--top {arguments.top} is not allowed; it takes 1 to {run.info.num_classes}")
+    runs = load_runs(names, ["data.root=.", *own], needs_data=False)
+    info = runs[0].info
+    if not 1 <= arguments.top <= info.num_classes:
+        raise UserError(f"--top {arguments.top} is not allowed; it takes 1 to {info.num_classes}")
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for predictions alone
-        stored = run.checkpoint(arguments.checkpoint)
-        model, precision = run.model(stored).eval(), run.precision(stored, "cpu")
-        if precision != "fp32" or run.trained_precision(stored) != "fp32":
-            print_main(f"probabilities are computed in {precision}; the run was trained in {run.trained_precision(stored)}")
+        classify = open_ensemble(runs, arguments.checkpoint)
     num_errors = 0
-    for file in list_pictures(names):
+    for file in list_pictures(images):
         label = file if file.isprintable() else repr(file)
         try:
-            form = picture_form(open_picture(read_picture(file)), run.info)
-            probabilities = predict(model, form[None], run.info, precision)[0]
+            form = picture_form(open_picture(read_picture(file)), info)
+            probabilities = classify(form[None])[0]
         except UserError as error:
             num_errors += 1
             print(f"error: {label}: {error}", file=sys.stderr, flush=True)
@@ -80,7 +88,7 @@ def main() -> None:
             num_errors += 1
             print(f"error: {label}: it cannot be predicted: {error!r}", file=sys.stderr, flush=True)
             continue
-        print_main(describe(file if arguments.json else label, probabilities, arguments.top, run.info, arguments.json))
+        print_main(describe(file if arguments.json else label, probabilities, arguments.top, info, arguments.json))
     if num_errors:
         sys.exit(EXIT_USER_ERROR)
 

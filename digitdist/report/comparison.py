@@ -8,12 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from digitdist.evaluate import holm, mcnemar
+from digitdist.evaluate import SIGNIFICANT, holm, mcnemar, p_in_words
 from digitdist.report.page import draw, percent, plain, rate, score, write_page
 from digitdist.report.plots import STYLE, plot_curves
 from digitdist.report.record import Record, read_record
 
-SIGNIFICANT = 0.05
 METHOD = (
     f"McNemar's exact test on the images that only one of two networks gets right; better means p < {SIGNIFICANT}."
     " It compares these trained networks: how far another seed would move each is not part of it (Dietterich, Approximate"
@@ -90,11 +89,10 @@ def compare_runs(records: Sequence[Record], names: Sequence[str]) -> list[str]:
 def _verdict(name_a: str, name_b: str, right_a: np.ndarray, right_b: np.ndarray, p: float, adjusted: str) -> str:
     better = name_a if right_a.sum() > right_b.sum() else name_b
     finding = f"{better} is better" if p < SIGNIFICANT else "no difference shown"
-    value = f"p = {p:.2g}" if p >= 0.0001 else "p < 0.0001"
     only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
     shares = f"{name_a} {percent(right_a.sum(), len(right_a))} and {name_b} {percent(right_b.sum(), len(right_b))}"
     counts = f"Of {len(right_a):,} images, {only_a:,} only {name_a} got right, {only_b:,} only {name_b}."
-    return f"{shares}: {finding}, {value}{adjusted}. {counts}"
+    return f"{shares}: {finding}, {p_in_words(p)}{adjusted}. {counts}"
 
 
 def _result(record: Record, name: str) -> tuple[str, ...]:

@@ -4,12 +4,14 @@ A new metric needs nothing here: whatever a training logs is recorded.
 """
 
 from digitdist.runs.attempts import read_attempts, record_end
-from digitdist.runs.finding import StoredRun, find_run, load_run, read_info
+from digitdist.runs.ensembles import check_held_out, count_runs, load_runs, split_overrides
+from digitdist.runs.finding import StoredRun, find_run, find_study, load_run, read_info, runs_of
 from digitdist.runs.folder import CONFIG, DATA_SET, ENVIRONMENT, PREDICTIONS, RESULT, Run
 from digitdist.runs.metrics import METRICS, read_metrics
 from digitdist.runs.moving import fetch_run
 from digitdist.runs.opening import CHANGE_ADVICE, open_run
 from digitdist.runs.origin import made_here, mark_run
+from digitdist.runs.studies import has_result, is_in_use, seed_folder, seeds_in, studies_in
 from digitdist.runs.tracker import Tracker, start_tracker
 from digitdist.runs.wandb_media import Media, confusion_chart, image_table
 from digitdist.runs.wandb_server import has_wandb_key
@@ -28,12 +30,18 @@ __all__ = [
     "Run",
     "StoredRun",
     "Tracker",
+    "check_held_out",
     "confusion_chart",
+    "count_runs",
     "fetch_run",
     "find_run",
+    "find_study",
+    "has_result",
     "has_wandb_key",
     "image_table",
+    "is_in_use",
     "load_run",
+    "load_runs",
     "made_here",
     "mark_run",
     "open_run",
@@ -41,7 +49,12 @@ __all__ = [
     "read_info",
     "read_metrics",
     "record_end",
+    "runs_of",
+    "seed_folder",
+    "seeds_in",
+    "split_overrides",
     "start_tracker",
+    "studies_in",
     "sync_wandb",
     "wandb_mistakes",
 ]

@@ -13,17 +13,16 @@ import safetensors
 import torch
 from helpers.launching import QUIET, python
 from helpers.runs import result
+from helpers.stored_runs import made
 
 import digitdist
-from digitdist import checkpoint, config, data, export
-from digitdist.checkpoint import Checkpoint, weights_sha256
+from digitdist import checkpoint, data, export
+from digitdist.checkpoint import weights_sha256
 from digitdist.config import load_config
 from digitdist.data import Splits
 from digitdist.errors import EXIT_USER_ERROR, UserError
 from digitdist.export import formats, parity
 from digitdist.export.__main__ import main
-from digitdist.models import build_model
-from digitdist.runs import mark_run
 
 pytestmark = pytest.mark.slow  # exporters take seconds each
 
@@ -92,19 +91,6 @@ def call(*arguments: object) -> None:
         main()
     finally:
         sys.argv = before
-
-
-def made(folder: Path, *overrides: str, ema: bool = False) -> tuple[Path, dict[str, torch.Tensor]]:
-    """A run of random weights, without training, and the weights that are evaluated."""
-    settings = load_config((), [*overrides, "run.name=m"])
-    tensors = {
-        name: build_model(settings.model, seed, MNIST).state_dict() for seed, name in enumerate(("model", "ema")[: 1 + ema])
-    }
-    folder.mkdir()
-    (folder / "config.yaml").write_bytes(config.dump_config(settings))
-    checkpoint.write(folder / "checkpoints", Checkpoint(tensors, {"step": 5, "best": None}), keep=1)
-    mark_run(folder)
-    return folder, tensors["ema" if ema else "model"]
 
 
 def metadata_of(file: Path) -> dict[str, str]:

@@ -10,7 +10,7 @@ from torch import nn
 from digitdist.data import DATA_SETS, Splits, mnist_form, open_picture
 from digitdist.data.paper import close
 from digitdist.errors import UserError
-from digitdist.predict.__main__ import predict
+from digitdist.predict import predict
 
 NUM_EACH = 30
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from digitdist.data import DATA_SETS, Splits, mnist_form, open_picture
 from digitdist.errors import EXIT_USER_ERROR, UserError
-from digitdist.predict.__main__ import main, predict
+from digitdist.predict import predict
+from digitdist.predict.__main__ import main
 
 MNIST = DATA_SETS["mnist"]
 
