@@ -4,12 +4,13 @@ A new metric needs nothing here: whatever a training logs is recorded.
 """
 
 from digitdist.runs.attempts import read_attempts, record_end
-from digitdist.runs.finding import StoredRun, find_run, load_run, read_info
+from digitdist.runs.finding import StoredRun, find_run, find_study, load_run, read_info, runs_of
 from digitdist.runs.folder import CONFIG, DATA_SET, ENVIRONMENT, PREDICTIONS, RESULT, Run
 from digitdist.runs.metrics import METRICS, read_metrics
 from digitdist.runs.moving import fetch_run
 from digitdist.runs.opening import CHANGE_ADVICE, open_run
 from digitdist.runs.origin import made_here, mark_run
+from digitdist.runs.studies import has_result, is_in_use, seed_folder, seeds_in, studies_in
 from digitdist.runs.tracker import Tracker, start_tracker
 from digitdist.runs.wandb_media import Media, confusion_chart, image_table
 from digitdist.runs.wandb_server import has_wandb_key
@@ -31,8 +32,11 @@ __all__ = [
     "confusion_chart",
     "fetch_run",
     "find_run",
+    "find_study",
+    "has_result",
     "has_wandb_key",
     "image_table",
+    "is_in_use",
     "load_run",
     "made_here",
     "mark_run",
@@ -41,7 +45,11 @@ __all__ = [
     "read_info",
     "read_metrics",
     "record_end",
+    "runs_of",
+    "seed_folder",
+    "seeds_in",
     "start_tracker",
+    "studies_in",
     "sync_wandb",
     "wandb_mistakes",
 ]

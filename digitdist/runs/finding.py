@@ -30,6 +30,7 @@ from digitdist.model_state import load_model_state, load_transient_buffers
 from digitdist.models import build_model
 from digitdist.runs.folder import CONFIG, DATA_SET
 from digitdist.runs.origin import made_here
+from digitdist.runs.studies import has_result, seeds_in, studies_in
 from digitdist.world import is_main
 
 MAX_INFO_BYTES = MIB
@@ -138,9 +139,63 @@ def find_run(name: str, runs: str = "runs") -> Path:
     for folder in (Path(os.path.expanduser(name)), Path(runs) / name):
         if os.path.isfile(folder / CONFIG):
             return folder
-    existing = sorted(path.parent.name for path in Path(runs).glob(f"*/{CONFIG}"))
-    known = f"in {runs} there are {', '.join(existing)}" if existing else f"there is no run in {runs}"
-    raise UserError(f"{name}: no run of that folder or name (a run has a config.yaml); {known}")
+    study = _study_of(name, runs)
+    if study:
+        some = next(iter(seeds_in(study).values()))
+        raise UserError(f"{name}: a study of {len(seeds_in(study))} runs, not a run; name one of them, such as {some}")
+    raise UserError(f"{name}: no run of that folder or name (a run has a config.yaml); {_existing(runs)}")
+
+
+def find_study(name: str, runs: str = "runs") -> Path:
+    """The folder of a study, given by its folder or by its name in `runs`.
+
+    Raises:
+        UserError: there is none.
+    """
+    study = _study_of(name, runs)
+    if study is None:
+        raise UserError(f"{name}: no study of that folder or name (a study has runs seed-0, seed-1, …); {_existing(runs)}")
+    return study
+
+
+def runs_of(name: str, runs: str = "runs") -> list[Path]:
+    """The folder of a run alone, or those of all finished runs of a study by their seeds; `name` as `find_run` takes it.
+
+    Raises:
+        UserError: there is neither a run nor a study, or none of the study's runs is finished.
+    """
+    study = _study_of(name, runs)
+    if study is None:
+        return [find_run(name, runs)]
+    finished = [run for run in seeds_in(study).values() if has_result(run)]
+    if not finished:
+        raise UserError(f"{study}: none of its {len(seeds_in(study))} runs is finished; go on with the study first")
+    return finished
+
+
+def _study_of(name: str, runs: str) -> Path | None:
+    """The folder of the study of that folder or name; None where there is none, or a run of its own has come first."""
+    for folder in (Path(os.path.expanduser(name)), Path(runs) / name):
+        if os.path.isfile(folder / CONFIG):
+            return None
+        if seeds_in(folder):
+            return folder
+        inner = studies_in(folder)
+        if inner:
+            few = ", ".join(str(study) for study in inner[:3])
+            raise UserError(f"{name}: a grid of {len(inner)} studies; name one of them, such as {few}")
+    return None
+
+
+def _existing(runs: str) -> str:
+    """The runs and studies that there are, in words."""
+    found = [path.parent.name for path in Path(runs).glob(f"*/{CONFIG}")]
+    found += [f"{folder.relative_to(runs)} (a study)" for folder in (*studies_in(Path(runs)), *_in_grids(Path(runs)))]
+    return f"in {runs} there are {', '.join(sorted(found))}" if found else f"there is no run in {runs}"
+
+
+def _in_grids(runs: Path) -> list[Path]:
+    return [study for folder in sorted(runs.glob("*/")) for study in studies_in(folder)]
 
 
 def load_run(name: str, overrides: Sequence[str], needs_data: bool = True) -> StoredRun:
