@@ -1,15 +1,18 @@
 """The accuracy of a network as a proven count: predictions of all ranks, each image once, and their statistics.
 
-A new statistic is a function in `statistics.py` with its source.
+A new statistic is a function with its source, in `statistics.py`, or over runs in `means.py`.
 """
 
 from digitdist.evaluate.evaluating import chunked_loader, evaluate
+from digitdist.evaluate.means import Difference, Mean, mean_interval, welch
 from digitdist.evaluate.result import Evaluation, load_predictions, save_predictions
 from digitdist.evaluate.saved import SavedPredictions, saved_predictions
 from digitdist.evaluate.statistics import calibration, holm, mcnemar, wilson_interval
 
 __all__ = [
+    "Difference",
     "Evaluation",
+    "Mean",
     "SavedPredictions",
     "calibration",
     "chunked_loader",
@@ -17,7 +20,9 @@ __all__ = [
     "holm",
     "load_predictions",
     "mcnemar",
+    "mean_interval",
     "save_predictions",
     "saved_predictions",
+    "welch",
     "wilson_interval",
 ]
