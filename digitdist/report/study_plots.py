@@ -127,7 +127,16 @@ def _plot_band(axis: Axes, records: Sequence[Record], metric: str, colour: str, 
         axis.plot(epochs, mean, color=colour, label=label)
         axis.fill_between(epochs, least, greatest, color=colour, alpha=0.2, lw=0)
     else:
-        axis.errorbar(epochs, mean, [mean - least, greatest - mean], color=colour, label=label, marker="o", ms=4, capsize=3)
+        axis.errorbar(
+            epochs,
+            mean,
+            np.array([mean - least, greatest - mean]).clip(0),
+            color=colour,
+            label=label,
+            marker="o",
+            ms=4,
+            capsize=3,
+        )
 
 
 def _spread(values: np.ndarray) -> list[float]:

@@ -11,7 +11,11 @@ from digitdist.config import Config, as_dict, load_config, read_stored_config, r
 from digitdist.errors import UserError
 from digitdist.runs import CONFIG, is_trained, seed_folder
 
-OWN = {"seed": "--seeds N trains with seeds 0 to N-1", "run.name": "a study's NAME names its folder in run.dir"}
+OWN = {
+    "seed": "--seeds N trains with seeds 0 to N-1",
+    "run.name": "a study's NAME names its folder in run.dir",
+    "checkpoint.resume": "a study always goes on where it was; to start over, remove its folder, or give another NAME",
+}
 
 
 @dataclass(frozen=True)
@@ -39,9 +43,6 @@ def plan_study(
     """
     _refuse_own_keys(overrides)
     config = load_config(files, overrides)
-    if config.checkpoint.resume == "never":
-        reason = "a study goes on where it was, so a run would be trained over and over"
-        raise UserError(f"checkpoint.resume=never is not allowed: {reason}; remove {folder}, or give another NAME")
     if (folder / CONFIG).is_file():
         raise UserError(f"{folder} is a run, in which no study has room; give another NAME")
     first = [f"--config={file}" for file in files]
@@ -51,7 +52,7 @@ def plan_study(
     trainings = []
     for seed in range(num_seeds):
         run = seed_folder(folder, seed)
-        own = [f"seed={seed}", f"run.dir={folder}", f"run.name={run.name}"]
+        own = [f"seed={seed}", f"run.dir={folder}", f"run.name={run.name}", "checkpoint.resume=auto"]
         if config.tracking.name is None:
             own.append(f"tracking.name={folder.name} {run.name}")
         training = Training(run, dataclasses.replace(config, seed=seed), (*first, *defaults, *overrides, *own))
