@@ -12,9 +12,9 @@ from digitdist.errors import UserError
 from digitdist.runs import CONFIG, is_trained, seed_folder
 
 OWN = {
-    "seed": "--seeds N trains with seeds 0 to N-1",
-    "run.name": "a study's NAME names its folder in run.dir",
-    "checkpoint.resume": "a study always goes on where it was; to start over, remove its folder, or give another NAME",
+    "seed=": "--seeds N trains with seeds 0 to N-1",
+    "run.name=": "a study's NAME names its folder in run.dir",
+    "checkpoint.resume=never": "a study goes on where it was; to start over, remove its folder, or give another NAME",
 }
 
 
@@ -49,10 +49,12 @@ def plan_study(
     defaults = ["run.report=false"]
     if config.tracking.group is None:
         defaults.append(f"tracking.group={group or folder.name}")
+    if config.checkpoint.resume == "never":
+        defaults.append("checkpoint.resume=auto")
     trainings = []
     for seed in range(num_seeds):
         run = seed_folder(folder, seed)
-        own = [f"seed={seed}", f"run.dir={folder}", f"run.name={run.name}", "checkpoint.resume=auto"]
+        own = [f"seed={seed}", f"run.dir={folder}", f"run.name={run.name}"]
         if config.tracking.name is None:
             own.append(f"tracking.name={folder.name} {run.name}")
         training = Training(run, dataclasses.replace(config, seed=seed), (*first, *defaults, *overrides, *own))
@@ -63,8 +65,7 @@ def plan_study(
 
 def _refuse_own_keys(overrides: Sequence[str]) -> None:
     """Refuses what the study itself says to its runs; in a file it may stand, since a run's own is a file too."""
-    names = [text.partition("=")[0].strip() for text in overrides]
-    mistakes = [f"{text} is not allowed: {OWN[name]}" for name, text in zip(names, overrides, strict=True) if name in OWN]
+    mistakes = [f"{text} is not allowed: {why}" for text in overrides for own, why in OWN.items() if text.startswith(own)]
     if mistakes:
         raise UserError(*mistakes)
 
