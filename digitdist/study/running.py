@@ -59,10 +59,14 @@ def train_all(trainings: Sequence[Training], slots: Sequence[Slot], progress: Pr
     """
     outcome, waiting, free, children = Outcome(), deque(trainings), list(slots), list[_Child]()
     asked, shown_s, mistake = False, 0.0, ""
-    _await_leavers(trainings)
+
+    def goes_on() -> bool:
+        return not stop.requested and bool(outcome.seconds or not mistake)
+
+    _await_leavers(trainings, progress)
     try:
-        while (waiting and not stop.requested) or children:
-            while waiting and free and not stop.requested:
+        while children or (waiting and goes_on()):
+            while waiting and free and goes_on():
                 children.append(_start(waiting.popleft(), free.pop(0)))
             if stop.requested and not asked:
                 asked = True
@@ -70,9 +74,8 @@ def train_all(trainings: Sequence[Training], slots: Sequence[Slot], progress: Pr
             for child in [child for child in children if child.process.poll() is not None]:
                 children.remove(child)
                 free.append(child.slot)
-                if _end(child, outcome, progress) == EXIT_USER_ERROR and not outcome.seconds:
+                if _end(child, outcome, progress, asked) == EXIT_USER_ERROR and not outcome.seconds:
                     mistake = mistake or outcome.failures[child.training.folder]
-                    waiting.clear()
             if time.monotonic() - shown_s > SHOW_EVERY_S:
                 shown_s = time.monotonic()
                 progress.show([share_done(child.training.folder, child.training.config) for child in children])
@@ -101,8 +104,8 @@ def _start(training: Training, slot: Slot) -> _Child:
     return _Child(training, slot, process, output, time.perf_counter())
 
 
-def _end(child: _Child, outcome: Outcome, progress: Progress) -> int:
-    """Notes and shows how a training has ended; returns its exit code."""
+def _end(child: _Child, outcome: Outcome, progress: Progress, asked: bool) -> int:
+    """Notes and shows how a training has ended, which was `asked` to; returns its exit code."""
     folder, code = child.training.folder, child.process.returncode
     child.output.seek(0)
     lines = child.output.read().decode(errors="replace").splitlines()
@@ -110,7 +113,7 @@ def _end(child: _Child, outcome: Outcome, progress: Progress) -> int:
     if code == 0:
         outcome.seconds[folder] = time.perf_counter() - child.started_s
         progress.ended(f"{folder}: {_result(folder)}")
-    elif code == EXIT_STOPPED:
+    elif code == EXIT_STOPPED or (asked and code == -signal.SIGTERM):  # while it started
         outcome.stopped.append(folder)
     else:
         outcome.failures[folder] = _reason(lines, code)
@@ -141,8 +144,11 @@ def _send(children: Sequence[_Child], number: int) -> None:
             child.process.send_signal(number)
 
 
-def _await_leavers(trainings: Sequence[Training]) -> None:
+def _await_leavers(trainings: Sequence[Training], progress: Progress) -> None:
     """Waits a while for trainings that an earlier study, killed a moment ago, has left; the trainer refuses those that stay."""
+    in_use = [training for training in trainings if is_in_use(training.folder)]
+    if in_use:
+        progress.print(f"{in_use[0].folder}: another training works in this run; waits {LEAVING_S:.0f} s for it to end")
     deadline = time.monotonic() + LEAVING_S
-    while any(is_in_use(training.folder) for training in trainings) and time.monotonic() < deadline:
+    while any(is_in_use(training.folder) for training in in_use) and time.monotonic() < deadline:
         time.sleep(LOOK_EVERY_S)
