@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from digitdist.config import KEYS, shown
-from digitdist.errors import UserError
 from digitdist.evaluate import Difference, Mean, holm, mean_interval, welch
 from digitdist.report.record import Record, read_record
 from digitdist.runs import seeds_in
@@ -83,19 +82,13 @@ def interval(of: Mean | Difference) -> str:
     return f"{100 * of.low:.3f} to {100 * of.high:.3f}"
 
 
-def check_comparable(study: Study, other: Study) -> None:
-    """Refuses two studies whose accuracies do not compare.
-
-    Raises:
-        UserError: they were tested on other images, or one has no finished run.
-    """
-    for one in (study, other):
-        if not one.records:
-            raise UserError(f"{one.name} has no finished run to compare; go on with it first")
+def obstacle(study: Study, other: Study) -> str | None:
+    """Why the accuracies of two studies do not compare, if so: they were tested on other images."""
     tested = [{(record.info.name, (record.result or {})["test_total"]) for record in one.records} for one in (study, other)]
-    if len(tested[0] | tested[1]) > 1:
-        sets = [" and ".join(f"{total:,} images of {shown(name)}" for name, total in sorted(found)) for found in tested]
-        raise UserError(f"{study.name} was tested on {sets[0]}, {other.name} on {sets[1]}; compare studies of the same images")
+    if len(tested[0] | tested[1]) == 1:
+        return None
+    sets = [" and ".join(f"{total:,} images of {shown(name)}" for name, total in sorted(found)) for found in tested]
+    return f"{study.name} and {other.name} cannot be compared: they were tested on {sets[0]}, and on {sets[1]}"
 
 
 def compare(study: Study, others: Sequence[Study], held_out: bool = False) -> tuple[list[Difference], list[float]]:

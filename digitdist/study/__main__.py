@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 from digitdist.config import KEYS, Parser, load_config
 from digitdist.distributed import StopRequest, make_expendable, run_command
 from digitdist.errors import RunsFailed, Stopped, UserError
-from digitdist.report import Study, as_study, check_comparable, read_study, summary, write_study_report
+from digitdist.report import Study, as_study, read_study, summary, write_study_report
 from digitdist.runs import CONFIG, find_run_or_study
 from digitdist.study.grid import check_held_out, combinations
 from digitdist.study.planning import Training, plan_study
@@ -40,6 +41,8 @@ def main() -> None:
         raise UserError("a study starts its processes by itself; start it once, by python -m digitdist.study")
     runs_dir, name = _place(arguments)
     folder = Path(runs_dir) / name
+    if arguments.seeds is None and not arguments.grid:
+        find_run_or_study(str(folder), runs_dir)  # or what is there is told
     studies = combinations(arguments.grid, folder) if arguments.grid else {folder: []}
     others = _others(arguments.against, runs_dir)
     outcome = Outcome()
@@ -55,7 +58,7 @@ def main() -> None:
         for run, reason in outcome.failures.items():
             print(f"error: {run} failed: {reason}", file=sys.stderr)
         raise RunsFailed
-    if arguments.part:
+    if arguments.part and not arguments.json:
         print(f"part {arguments.part} is done; the same command without --part collects all parts", flush=True)
 
 
@@ -122,6 +125,9 @@ def _others(groups: Sequence[Sequence[str]], runs_dir: str) -> list[Study]:
         found += [read_study(folder, name) for name, folder in folders if (name, folder) not in runs]
         if runs:
             found.append(as_study([folder for _, folder in runs], ", ".join(name for name, _ in runs)))
+    lacking = [study.name for study in found if not study.records]
+    if lacking:
+        raise UserError(f"--against {lacking[0]}: no run of it is finished; go on with it first")
     return found
 
 
@@ -152,9 +158,11 @@ def _train(arguments: argparse.Namespace, name: str, studies: dict[Path, list[st
     stop.report = progress.print
     outcome = train_all(waiting, slots, progress, stop)
     stop.close()
+    for number in (signal.SIGINT, signal.SIGTERM):  # from here on they end this process at once, as before
+        signal.signal(number, signal.SIG_DFL)
     if outcome.stopped:
         left = f"{len(trainings) - done - len(outcome.seconds)} of {len(trainings)} runs are left"
-        raise Stopped(f"stopped on request, {left}; to go on: {shlex.join([*sys.orig_argv])}")
+        raise Stopped(f"stopped on request, {left}; to go on: {shlex.join(sys.orig_argv)}")
     return outcome
 
 
@@ -178,9 +186,7 @@ def _show(arguments: argparse.Namespace, name: str, folders: Sequence[Path], oth
     else:
         (study,), (chosen,) = studies, folders
         if not study.records:
-            raise UserError(f"{chosen}: no run of this study is finished; give --seeds N to train them")
-        for other in others:
-            check_comparable(study, other)
+            raise UserError(f"{chosen}: no run of it is finished; give --seeds N to train them")
         words, found = against(study, others)
         lines, values = [study_table([study, *others]), *words], summary(study) | {"against": found}
     lines += [f"note: {note}" for study in (*studies, *others) for note in study.notes]

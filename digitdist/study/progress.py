@@ -10,18 +10,18 @@ from tqdm import tqdm
 from digitdist.config import Config
 from digitdist.runs import last_event
 
-FORMAT = "{desc}: {percentage:3.0f} %|{bar}| {postfix}[{elapsed}<{remaining}]"
+FORMAT = "{desc} {percentage:3.0f} %|{bar}| {elapsed}<{remaining}"
 
 
 class Progress:
     """Shows on `stream` how much of `num_runs` runs is done, `num_done` of them from the start."""
 
     def __init__(self, title: str, num_runs: int, num_done: int, stream: TextIO):
-        self.num_runs, self.num_done, self.stream = num_runs, num_done, stream
+        self.title, self.num_runs, self.num_done, self.stream = title, num_runs, num_done, stream
         self.bar: Any = None
         if stream.isatty():
             start = {"total": num_runs, "initial": num_done, "file": stream, "leave": False}
-            self.bar = tqdm(desc=title, bar_format=FORMAT, smoothing=0, dynamic_ncols=True, **start)
+            self.bar = tqdm(desc=self._heading(), bar_format=FORMAT, smoothing=0, dynamic_ncols=True, **start)
 
     def print(self, text: str) -> None:
         """Prints a line, above the bar if there is one; any thread may call it."""
@@ -38,9 +38,12 @@ class Progress:
     def show(self, shares: list[float]) -> None:
         """Moves the bar to what is done with these shares of the runs that are being trained."""
         if self.bar is not None:
-            self.bar.set_postfix_str(f"{self.num_done}/{self.num_runs} runs ", refresh=False)
+            self.bar.set_description_str(self._heading(), refresh=False)
             self.bar.n = self.num_done + sum(shares)
             self.bar.refresh()
+
+    def _heading(self) -> str:
+        return f"{self.title}: {self.num_done}/{self.num_runs} runs,"
 
     def close(self) -> None:
         """Removes the bar."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from digitdist.errors import UserError
 from digitdist.evaluate import Difference
-from digitdist.report import COLUMNS, Study, compare, finite, summary, summary_row, verdict
+from digitdist.report import COLUMNS, Study, compare, finite, obstacle, summary, summary_row, verdict
 
 
 def study_table(studies: Sequence[Study], held_out: bool = False) -> str:
@@ -26,8 +26,11 @@ def study_table(studies: Sequence[Study], held_out: bool = False) -> str:
 
 
 def against(study: Study, others: Sequence[Study]) -> tuple[list[str], list[dict[str, Any]]]:
-    """`study` beside each of `others`, in words and as JSON has it."""
-    return _told(study, others, *compare(study, others))
+    """`study` beside each of `others`, in words and as JSON has it; those that do not compare in words alone."""
+    obstacles = {other.name: why for other in others if (why := obstacle(study, other))}
+    comparable = [other for other in others if other.name not in obstacles]
+    words, values = _told(study, comparable, *compare(study, comparable))
+    return [*words, *obstacles.values()], values
 
 
 def grid_summary(name: str, studies: Sequence[Study]) -> tuple[list[str], dict[str, Any]]:

@@ -142,7 +142,7 @@ def test_a_mistake_of_all_runs_is_told_once_and_ends_it(place: Path):
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        (("a/b",), "no run of this study is finished; give --seeds N"),
+        (("a/b",), "a/b: no run of that folder or name"),
         (("a", "--seeds", "0"), "--seeds 0 is not allowed; it takes a whole number from 1 to 100,000"),
         (("a", "--part", "0/2"), "--part is of the runs that --seeds N trains; give both"),
         (("a", "--seeds", "2", "--part", "2/2"), "--part 2/2 is not allowed; it takes I/M"),
@@ -192,8 +192,11 @@ def test_a_grid_is_chosen_by_held_out_images_best_first(place: Path):
 def test_a_study_shows_one_bar_over_all_its_runs_on_a_terminal(place: Path):
     code, shown = on_a_terminal(*COMMAND, "a", "--seeds", "2", *SHORT, cwd=place)
     assert code == 0, shown
-    assert re.search(r"a: +\d+ %\|.*\| \d/2 runs \[", shown)
-    assert "100 %" in shown or "2 of 2 runs" in shown
+    shares = [int(share) for share in re.findall(r"a: \d/2 runs, +(\d+) %\|", shown)]
+    assert shares[0] == 0
+    assert shares == sorted(shares)
+    assert any(0 < share < 100 for share in shares), "also within a run"
+    assert "runs/a/seed-1: " in shown
 
 
 def test_the_runs_of_a_study_share_no_wandb_id(place: Path):

@@ -9,9 +9,9 @@ from helpers.made_up_runs import make_run, predict_as
 from matplotlib.figure import Figure
 
 from digitdist.data import Splits
-from digitdist.errors import UserError
-from digitdist.report import as_study, check_comparable, compare, read_study, summary, summary_row, verdict, write_study_report
+from digitdist.report import as_study, compare, obstacle, read_study, summary, summary_row, verdict, write_study_report
 from digitdist.report.study_plots import common_predictions, plot_bands, plot_hard_images, plot_seeds
+from digitdist.study.table import against
 
 
 def study(folder: Path, counts: list[int], *options: str, held_out: list[float] | None = None) -> Path:
@@ -91,10 +91,10 @@ def test_what_cannot_be_said_is_not_said(tmp_path: Path, counts: list[int], why:
 def test_studies_of_other_test_images_are_not_compared(tmp_path: Path):
     a = read_study(study(tmp_path / "a", [990, 991]))
     other = as_study([make_run(tmp_path / "seed-0", 990, total=2000)], "other")
-    with pytest.raises(UserError, match="a was tested on 1,000 images of mnist, other on 2,000 images of mnist"):
-        check_comparable(a, other)
-    with pytest.raises(UserError, match="nothing has no finished run to compare"):
-        check_comparable(a, as_study([], "nothing"))
+    assert obstacle(a, a) is None
+    why = "a and other cannot be compared: they were tested on 1,000 images of mnist, and on 2,000 images of mnist"
+    assert obstacle(a, other) == why
+    assert against(a, [other]) == ([why], [])
 
 
 def test_the_summary_is_what_json_takes(tmp_path: Path):
