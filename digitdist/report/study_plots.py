@@ -49,7 +49,7 @@ def plot_seeds(study: Study) -> Plot:
     axis.set_yticks(range(len(shown)), list(shown))
     axis.set(xlabel="correct (%)", ylim=(len(shown) - 0.5, -0.5))
     axis.grid(axis="y", visible=False)
-    caption = "Dots: one run each. Line: their mean. Grey: its 95 % interval (Student's t), which holds the mean, not the runs."
+    caption = "Dots: one run each. Line: their mean. Grey: the 95 % interval of that mean (Student's t); runs spread wider."
     return Plot("Seeds", "Strip plot of the accuracy of each run with mean and interval.", caption, figure)
 
 
