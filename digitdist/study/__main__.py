@@ -66,7 +66,7 @@ def _arguments() -> argparse.Namespace:
     parser = Parser(
         "python -m digitdist.study",
         "The same training over seeds 0 to N-1, as runs NAME/seed-K: mean, interval, and whether it differs from others.",
-        "mine --seeds 5 --config quick train.epochs=0.1",
+        "mine --seeds 3 --config quick train.epochs=0.1",
     )
     parser.add_argument("name", metavar="NAME", help="the study's folder, or its name in run.dir")
     parser.add_config()

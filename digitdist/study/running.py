@@ -26,7 +26,7 @@ LOOK_EVERY_S = 0.05
 SHOW_EVERY_S = 0.5
 LEAVING_S = 15.0  # in which trainings whose study was killed save and leave their runs' folders
 OF_ONE_RUN = ("WANDB_RUN_ID",)  # environment variables that many runs must not share
-MAX_LINES = 20  # of what a failed training has printed last
+MAX_LINES = 50  # of what a failed training has printed last
 
 
 @dataclass

@@ -18,7 +18,7 @@ from helpers.runs import assert_same_run, attempts, reached, result, wait_until
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 COMMAND = ("-m", "digitdist.study")
-SHORT = ("--config", "fast", "train.max_steps=12", "train.log_every=1", "checkpoint.every_steps=2", "tracking.wandb=disabled")
+SHORT = ("--config", "fast", "train.max_steps=40", "train.log_every=1", "checkpoint.every_steps=10", "tracking.wandb=disabled")
 
 
 def study(*arguments: str, cwd: Path, env: dict[str, str] | None = None):
@@ -36,7 +36,7 @@ def own_processes() -> list[psutil.Process]:
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory, mnist_root: Path) -> Path:
-    """A folder with the study ``whole`` of three seeds, of 12 steps each, and what its command printed."""
+    """A folder with the study ``whole`` of three seeds, of 40 steps each, and what its command printed."""
     place = tmp_path_factory.mktemp("unbroken")
     (place / "data").symlink_to(mnist_root)
     done = study("whole", "--seeds", "3", *SHORT, cwd=place)
@@ -76,7 +76,7 @@ def test_killed_twice_and_gone_on_with_it_is_the_same_study(place: Path, unbroke
     command = [sys.executable, *COMMAND, "a", "--seeds", "3", "--jobs", "1", "train.threads=1", *SHORT]
     folder = place / "runs/a"
     killed = start_process(command, place, CLEAN)
-    wait_until(lambda: reached(folder / "seed-0") >= 4 if (folder / "seed-0").exists() else False)
+    wait_until(lambda: (folder / "seed-0").exists() and reached(folder / "seed-0") >= 4)
     killed.kill()
     killed.wait()
     wait_until(lambda: not is_training(place))
