@@ -7,7 +7,6 @@ from digitdist.report.comparison import write_comparison
 from digitdist.report.run_page import write_report
 from digitdist.report.study import (
     COLUMNS,
-    SIGNIFICANT,
     Study,
     as_study,
     compare,
@@ -22,7 +21,6 @@ from digitdist.report.study_page import write_study_report
 
 __all__ = [
     "COLUMNS",
-    "SIGNIFICANT",
     "Study",
     "as_study",
     "compare",

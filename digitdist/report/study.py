@@ -14,10 +14,10 @@ import numpy as np
 
 from digitdist.config import KEYS, shown
 from digitdist.evaluate import Difference, Mean, holm, mean_interval, welch
+from digitdist.report.comparison import SIGNIFICANT
 from digitdist.report.record import Record, read_record
 from digitdist.runs import seeds_in
 
-SIGNIFICANT = 0.05
 LENGTHS = ("train.epochs", "train.max_steps")  # which alter a result too, but may be raised when a run is resumed
 COLUMNS = ("mean", "deviation", "95 % interval", "least", "greatest", "train_seconds")
 

@@ -26,11 +26,11 @@ def study_table(studies: Sequence[Study], held_out: bool = False) -> str:
 
 
 def against(study: Study, others: Sequence[Study]) -> tuple[list[str], list[dict[str, Any]]]:
-    """`study` beside each of `others`, in words and as JSON has it; those that do not compare in words alone."""
+    """`study` beside each of `others`, in words and as JSON has it; why not, of those that do not compare."""
     obstacles = {other.name: why for other in others if (why := obstacle(study, other))}
     comparable = [other for other in others if other.name not in obstacles]
     words, values = _told(study, comparable, *compare(study, comparable))
-    return [*words, *obstacles.values()], values
+    return [*words, *obstacles.values()], values + [{"study": name, "verdict": why} for name, why in obstacles.items()]
 
 
 def grid_summary(name: str, studies: Sequence[Study]) -> tuple[list[str], dict[str, Any]]:

@@ -94,7 +94,7 @@ def test_studies_of_other_test_images_are_not_compared(tmp_path: Path):
     assert obstacle(a, a) is None
     why = "a and other cannot be compared: they were tested on 1,000 images of mnist, and on 2,000 images of mnist"
     assert obstacle(a, other) == why
-    assert against(a, [other]) == ([why], [])
+    assert against(a, [other]) == ([why], [{"study": "other", "verdict": why}])
 
 
 def test_the_summary_is_what_json_takes(tmp_path: Path):
