@@ -14,6 +14,7 @@ COMMANDS = {
     "predict": "the digit in each image file",
     "report": "plots and pages of runs",
     "export": "the model of a run, or of an ensemble, as one file",
+    "study": "the same training over many seeds, compared",
     "bench": "speed on this machine",
     "checkpoint": "verify a run's checkpoints",
 }

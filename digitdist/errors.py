@@ -30,6 +30,10 @@ class PeerFailed(Exception):
     """Another rank has ended the run, and one rank of this host has reported it. Exit code 1, without a traceback."""
 
 
+class RunsFailed(PeerFailed):
+    """Runs that this command has started have failed, which it has reported. Exit code 1, without a traceback."""
+
+
 class Stopped(Exception):
     """The run was asked to stop and has been saved; the same command resumes it. Exit code 75.
 

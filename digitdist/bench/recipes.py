@@ -1,12 +1,16 @@
-"""The recipes: accuracy and seconds over seeds, by the trainer's own command."""
+"""The recipes: a study of each, one run at a time with all cores, and what the whole command takes."""
 
 from __future__ import annotations
 
-import math
 import statistics
-import time
+import sys
+import tempfile
+from pathlib import Path
 
-from digitdist.bench.launching import result_of_training
+from digitdist.distributed import StopRequest
+from digitdist.errors import Fault
+from digitdist.report import read_study
+from digitdist.study import Progress, Slot, plan_study, study_table, train_all
 
 RECIPES = ("fast", "sharp")
 
@@ -15,23 +19,16 @@ def measure_recipes(num_seeds: int, overrides: list[str]) -> None:
     """Trains each of `RECIPES` with seeds 0 to num_seeds-1, and prints accuracy and seconds.
 
     Raises:
+        UserError: a mistake in `overrides`.
         Fault: a training has failed; the message says why.
     """
     for recipe in RECIPES:
-        runs = [train_recipe(recipe, seed, overrides) for seed in range(num_seeds)]
-        accuracies, train_seconds, wall_seconds = zip(*runs, strict=True)
-        deviation = 100 * statistics.stdev(accuracies) if num_seeds > 1 else math.nan
-        print(
-            f"{recipe:6} test accuracy {100 * statistics.mean(accuracies):.3f} %, deviation {deviation:.3f}, {num_seeds} seeds"
-            f" ({100 * min(accuracies):.2f} to {100 * max(accuracies):.2f});"
-            f" train_seconds {statistics.mean(train_seconds):.2f} ({min(train_seconds):.2f} to {max(train_seconds):.2f});"
-            f" the whole command {statistics.mean(wall_seconds):.1f} s",
-            flush=True,
-        )
-
-
-def train_recipe(recipe: str, seed: int, overrides: list[str]) -> tuple[float, float, float]:
-    """Test accuracy, `train_seconds` and the whole command's seconds of one training."""
-    start = time.perf_counter()
-    result = result_of_training(["--config", recipe, *overrides, f"seed={seed}"])
-    return result["test_accuracy"], result["train_seconds"], time.perf_counter() - start
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place) / recipe
+            trainings = plan_study(folder, num_seeds, [recipe], [*overrides, "tracking.wandb=disabled"])
+            alone = [Slot({}, None)]
+            outcome = train_all(trainings, alone, Progress(recipe, num_seeds, 0, sys.stderr), StopRequest())
+            for run, reason in outcome.failures.items():
+                raise Fault(f"{run} failed: {reason}")
+            seconds = statistics.mean(outcome.seconds.values())
+            print(f"{study_table([read_study(folder)])}\nthe whole command {seconds:.1f} s", flush=True)

@@ -16,7 +16,7 @@ from digitdist.distributed.device import (
 )
 from digitdist.distributed.failures import FailedRank, find_failed_rank, is_collective_failure, wait_for_others
 from digitdist.distributed.heartbeat import LEFT, NOTICED, RAISED, Heartbeat, heartbeat_size, read_beats
-from digitdist.distributed.launcher import launcher_start_time
+from digitdist.distributed.launcher import STUDY, launcher_start_time
 from digitdist.distributed.output import make_expendable
 from digitdist.distributed.phases import PhaseTimer
 from digitdist.distributed.plan import PRECISIONS, Plan, make_plan, planned_device
@@ -34,6 +34,7 @@ __all__ = [
     "PRECISIONS",
     "RAISED",
     "SHORTCUTS",
+    "STUDY",
     "FailedRank",
     "Heartbeat",
     "PeerWatch",

@@ -19,6 +19,7 @@ from digitdist.world import max_restarts, restart_count, several_hosts, under_ac
 LAUNCHERS = ("torchrun", "accelerate", "accelerate-launch", "mpirun", "mpiexec", "wandb")  # as programs; `wandb agent`
 LAUNCHER_MODULES = ("torch.distributed.", "accelerate.commands.")  # as in python -m
 DAEMONS = ("slurmstepd", "orted", "prted", "hydra_pmi_proxy")  # of srun and of MPI's launchers, by the names of processes
+STUDY = "DIGITDIST_STUDY"  # the number of the process, a study, that has started this one
 DECIDED = ("distributed_type", "num_processes", "mixed_precision", "use_cpu")  # by Accelerate's default configuration
 # What psutil raises where a process is gone, hidden, or described otherwise than Linux does.
 PSUTIL_ERRORS = (psutil.Error, OSError, RuntimeError, ValueError, IndexError)
@@ -47,7 +48,8 @@ def follow_launcher() -> None:
     training would go on unseen, and hold the run's lock. On several hosts it ends at once, as with a host that is lost, since
     the others are to go on from the last checkpoint.
     """
-    if under_torchelastic() or is_launcher(PARENT) or (os.getppid() != PARENT and under_accelerate()):
+    of_study = os.environ.get(STUDY) == str(PARENT)
+    if of_study or under_torchelastic() or is_launcher(PARENT) or (os.getppid() != PARENT and under_accelerate()):
         threading.Thread(target=_end_after_launcher, name="launcher", daemon=True).start()
 
 

@@ -1,10 +1,11 @@
 """The accuracy of a network as a proven count: predictions of all ranks, each image once, and their statistics.
 
-A new statistic is a function in `statistics.py` with its source.
+A new statistic is a function with its source, in `statistics.py`, or over runs in `means.py`.
 """
 
 from digitdist.evaluate.ensemble import Comparison, average, compare_with_best, mean_probabilities
 from digitdist.evaluate.evaluating import Scores, chunked_loader, evaluate, score
+from digitdist.evaluate.means import Difference, Mean, mean_interval, welch
 from digitdist.evaluate.result import Evaluation, load_predictions, save_predictions
 from digitdist.evaluate.saved import SavedPredictions, saved_predictions
 from digitdist.evaluate.statistics import SIGNIFICANT, calibration, holm, mcnemar, p_in_words, wilson_interval
@@ -12,7 +13,9 @@ from digitdist.evaluate.statistics import SIGNIFICANT, calibration, holm, mcnema
 __all__ = [
     "SIGNIFICANT",
     "Comparison",
+    "Difference",
     "Evaluation",
+    "Mean",
     "SavedPredictions",
     "Scores",
     "average",
@@ -23,10 +26,12 @@ __all__ = [
     "holm",
     "load_predictions",
     "mcnemar",
+    "mean_interval",
     "mean_probabilities",
     "p_in_words",
     "save_predictions",
     "saved_predictions",
     "score",
+    "welch",
     "wilson_interval",
 ]

@@ -13,6 +13,7 @@ from typing import Any
 
 import jinja2
 
+from digitdist.config import KEYS
 from digitdist.errors import UserError, in_one_line
 from digitdist.evaluate import wilson_interval
 from digitdist.files import atomic_write
@@ -89,6 +90,12 @@ def rate(result: dict[str, Any]) -> str:
 def plain(value: object) -> str:
     """A value as YAML has it."""
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def setting(name: str, value: object) -> dict[str, str | None]:
+    """A key of the configuration, its value, and its default where that differs."""
+    default = KEYS[name].default if name in KEYS else None
+    return {"name": name, "value": plain(value), "default": None if value == default else plain(default)}
 
 
 @cache

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NUM_BINS = 15  # of the calibration
-NUM_MISTAKES, MISTAKES_A_ROW = 36, 6
+NUM_MISTAKES, IMAGES_A_ROW = 36, 6
+MAX_LARGE = 14  # characters of an image's title in large letters
 MAX_COUNTED = 25  # classes whose counts can be read in the confusion matrix
 MAX_NAMED, MAX_PLOTTED = 100, 1000  # classes that it names, each at most some seconds of layout, and that it shows
 # Okabe and Ito's colours, which colour-blind people can tell apart, without the yellow that is faint on white.
@@ -58,7 +59,7 @@ def plot_curves(records: Sequence[Record], names: Sequence[str]) -> Plot:
     """Loss and accuracy over epochs, of one run with all its splits, or of several runs."""
     if not any(record.events for record in records):
         return Plot("Curves", "", "No metrics yet.")
-    figure = _figure(3.1 + 0.18 * len(records))
+    figure = new_figure(3.1 + 0.18 * len(records))
     loss, accuracy = figure.subplots(1, 2, sharex=True)
     for number, (record, name) in enumerate(zip(records, names, strict=True)):
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number // len(COLOURS) % len(MARKERS)]
@@ -70,7 +71,7 @@ def plot_curves(records: Sequence[Record], names: Sequence[str]) -> Plot:
             _plot_scores(loss, accuracy, record, "validation", color=GREEN, marker=marker, label="held-out")
             _plot_scores(loss, accuracy, record, "test", color=VERMILION, marker=marker, label="test")
     loss.set(xlabel="epoch", ylabel="cross-entropy (nats, log scale)", yscale="log", title="Loss")
-    _format_log_axis(loss)
+    format_log_axis(loss)
     accuracy.set(xlabel="epoch", ylabel="correct (%)", title="Accuracy")
     figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     caption = "Lines: loss of single training batches before their update. Points: whole evaluations, with 95 % intervals."
@@ -84,7 +85,7 @@ def plot_throughput(record: Record) -> Plot:
     if not len(step):
         return Plot("Throughput", "", "No throughput logged yet.")
     several = len(record.attempts) > 1
-    figure = _figure(3.6 if several else 2.4)
+    figure = new_figure(3.6 if several else 2.4)
     panels = figure.subplots(1 + several, 1, sharex=True, squeeze=False, height_ratios=[2, 1][: 1 + several])[:, 0]
     panels[0].plot(step, rate, color=BLUE, marker="o" if len(step) < 50 else "", markersize=3)
     panels[0].set(ylabel="images/s", ylim=(0, 1.1 * rate.max()))
@@ -104,7 +105,7 @@ def plot_confusion(record: Record) -> Plot:
         return Plot("Confusion", "", f"No picture, since there are {len(record.classes):,} classes.")
     counts = record.predictions.confusion
     mistakes = np.where(np.eye(len(counts), dtype=bool), 0, counts)
-    figure = _figure(5.6)
+    figure = new_figure(5.6)
     axis = figure.subplots()
     axis.imshow(mistakes, cmap="Blues", vmin=0, vmax=max(1, 1.15 * mistakes.max()))
     for (row, column), count in np.ndenumerate(counts if len(counts) <= MAX_COUNTED else np.zeros((0, 0), np.int64)):
@@ -132,27 +133,12 @@ def plot_mistakes(record: Record) -> Plot:
     if not len(worst):
         return Plot("Worst mistakes", "", "There are none: every test image is predicted right.")
     try:
-        images = displayable(_test_images(record, result, worst).images)
+        images = displayable(test_images(record, result, worst).images)
     except UserError as error:
         return Plot("Worst mistakes", "", f"No picture, since the test images are not available here: {error}.")
-    num_rows, (height, width) = -(-len(worst) // MISTAKES_A_ROW), images.shape[1:3]
-    head, margin = round(0.54 * height), round(0.29 * width)  # room for an image's title, and beside it
-    cell_height, cell_width = height + head + 1, width + 2 * margin
-    figure = _figure(1.16 * num_rows)
-    ink = record.info.image == "mnist"  # light on dark, and shown dark on light
-    # One axis an image would take seconds to lay out.
-    shape = (num_rows * cell_height, MISTAKES_A_ROW * cell_width, *images.shape[3:])
-    canvas = np.full(shape, 0 if ink else 255, np.uint8)
-    axis = figure.subplots()
-    for number, row in enumerate(worst):
-        y, x = number // MISTAKES_A_ROW * cell_height, number % MISTAKES_A_ROW * cell_width
-        canvas[y + head : y + head + height, x + margin : x + margin + width] = images[number]
-        label, prediction = (record.classes[column[row]] for column in (result.label, result.prediction))
-        title = f"{label} → {prediction}\n{result.probability[row]:.3f}"
-        size = 9 if len(label + prediction) < 12 else 6.5
-        axis.text(x + cell_width / 2, y + head - 1, title, ha="center", va="bottom", fontsize=size)
-    axis.imshow(canvas, cmap="gray_r" if ink else "gray", vmin=0, vmax=255)
-    axis.set_axis_off()
+    labels = [[record.classes[column[row]] for column in (result.label, result.prediction)] for row in worst]
+    titles = [f"{a} → {b}\n{result.probability[row]:.3f}" for row, (a, b) in zip(worst, labels, strict=True)]
+    figure = draw_images(images, titles, record.info.image == "mnist")
     count = f"{len(worst)} of {len(wrong):,} mistakes" if len(worst) < len(wrong) else f"All {len(wrong)} mistakes"
     caption = f"{count}, the most confident first: label → prediction, and the probability that the network gave it."
     return Plot("Worst mistakes", "Test images that were predicted wrong with the highest probability.", caption, figure)
@@ -165,7 +151,7 @@ def plot_calibration(record: Record) -> Plot:
     result = record.predictions
     bins = calibration(result.probability, result.label == result.prediction, NUM_BINS)
     left, width = np.arange(NUM_BINS) / NUM_BINS, 1 / NUM_BINS
-    figure = _figure(4.8)
+    figure = new_figure(4.8)
     top, below = figure.subplots(2, 1, sharex=True, height_ratios=[2.4, 1])
     top.bar(left, bins.accuracy, width, align="edge", color=BLUE, alpha=0.35, edgecolor=BLUE, label="share correct")
     top.plot([0, 1], [0, 1], color=GREY, ls="--", label="perfectly calibrated")
@@ -185,13 +171,36 @@ def plot_calibration(record: Record) -> Plot:
     return Plot("Calibration", "Reliability diagram: share correct by probability, with counts.", caption, figure)
 
 
-def _figure(height: float) -> Figure:
+def draw_images(images: np.ndarray, titles: Sequence[str], ink: bool) -> Figure:
+    """Images with a title of two lines each, `IMAGES_A_ROW` a row: uint8 [n, h, w], or [n, h, w, 3] in colour; `ink`: they are
+    light on dark, and shown dark on light."""
+    num_rows, (height, width) = -(-len(images) // IMAGES_A_ROW), images.shape[1:3]
+    head, margin = round(0.54 * height), round(0.29 * width)  # room for an image's title, and beside it
+    cell_height, cell_width = height + head + 1, width + 2 * margin
+    figure = new_figure(1.16 * num_rows)
+    # One axis an image would take seconds to lay out.
+    shape = (num_rows * cell_height, IMAGES_A_ROW * cell_width, *images.shape[3:])
+    canvas = np.full(shape, 0 if ink else 255, np.uint8)
+    axis = figure.subplots()
+    for number, title in enumerate(titles):
+        y, x = number // IMAGES_A_ROW * cell_height, number % IMAGES_A_ROW * cell_width
+        canvas[y + head : y + head + height, x + margin : x + margin + width] = images[number]
+        size = 9 if max(map(len, title.splitlines())) <= MAX_LARGE else 6.5
+        axis.text(x + cell_width / 2, y + head - 1, title, ha="center", va="bottom", fontsize=size)
+    axis.imshow(canvas, cmap="gray_r" if ink else "gray", vmin=0, vmax=255)
+    axis.set_axis_off()
+    return figure
+
+
+def new_figure(height: float) -> Figure:
+    """A figure of so many inches in height, and as wide as a page."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(7, height), layout="constrained")  # inches: about 700 pixels wide where it is shown
 
 
-def _format_log_axis(axis: Axes) -> None:
+def format_log_axis(axis: Axes) -> None:
+    """Plain numbers at 1, 2 and 5 times each power of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -230,7 +239,7 @@ def _plot_attempts(panels: Any, record: Record) -> None:
         panels[1].set_yticks(ticks)
 
 
-def _test_images(record: Record, result: Evaluation, rows: np.ndarray) -> Batch:
+def test_images(record: Record, result: Evaluation, rows: np.ndarray) -> Batch:
     """The test images of some rows of a result.
 
     Raises:

@@ -6,8 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from digitdist.config import KEYS
-from digitdist.report.page import draw, percent, plain, rate, score, write_page
+from digitdist.report.page import draw, percent, rate, score, setting, write_page
 from digitdist.report.plots import STYLE, Plot, plot_calibration, plot_confusion, plot_curves, plot_mistakes, plot_throughput
 from digitdist.report.record import Record, read_record
 
@@ -43,7 +42,7 @@ def write_report(folder: Path) -> Path:
         classes=_classes(record),
         attempts=[_attempt(record, number) for number in range(len(record.attempts))],
         restarts=_restarts(record),
-        settings=[_setting(name, value) for name, value in record.config.items()],
+        settings=[setting(name, value) for name, value in record.config.items()],
     )
     return folder / "report.html"
 
@@ -105,9 +104,3 @@ def _restarts(record: Record) -> str | None:
     repeated = sum(max(0, record.reached(i) - later["step"]) for i, later in enumerate(attempts[1:]))
     sizes = ", then ".join(str(attempt["world_size"]) for attempt in attempts)
     return f"{len(attempts)} attempts, on {sizes} processes; restarts cost {repeated:,} steps that were taken again."
-
-
-def _setting(name: str, value: object) -> dict[str, str | None]:
-    """A key of the configuration, its value, and its default where that differs."""
-    default = KEYS[name].default if name in KEYS else None
-    return {"name": name, "value": plain(value), "default": None if value == default else plain(default)}

@@ -5,9 +5,10 @@ A new metric needs nothing here: whatever a training logs is recorded.
 
 from digitdist.runs.attempts import read_attempts, record_end
 from digitdist.runs.ensembles import check_held_out, count_runs, load_runs, split_overrides
-from digitdist.runs.finding import StoredRun, find_run, find_study, load_run, read_info, runs_of
+from digitdist.runs.finding import StoredRun, find_run, find_run_or_study, load_run, read_info, runs_of
+from digitdist.runs.finished import is_trained
 from digitdist.runs.folder import CONFIG, DATA_SET, ENVIRONMENT, PREDICTIONS, RESULT, Run
-from digitdist.runs.metrics import METRICS, read_metrics
+from digitdist.runs.metrics import METRICS, last_event, read_metrics
 from digitdist.runs.moving import fetch_run
 from digitdist.runs.opening import CHANGE_ADVICE, open_run
 from digitdist.runs.origin import made_here, mark_run
@@ -35,11 +36,13 @@ __all__ = [
     "count_runs",
     "fetch_run",
     "find_run",
-    "find_study",
+    "find_run_or_study",
     "has_result",
     "has_wandb_key",
     "image_table",
     "is_in_use",
+    "is_trained",
+    "last_event",
     "load_run",
     "load_runs",
     "made_here",

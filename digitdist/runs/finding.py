@@ -146,16 +146,13 @@ def find_run(name: str, runs: str = "runs") -> Path:
     raise UserError(f"{name}: no run of that folder or name (a run has a config.yaml); {_existing(runs)}")
 
 
-def find_study(name: str, runs: str = "runs") -> Path:
-    """The folder of a study, given by its folder or by its name in `runs`.
+def find_run_or_study(name: str, runs: str = "runs") -> Path:
+    """The folder of a run or of a study, which has no config.yaml of its own; `name` as `find_run` takes it.
 
     Raises:
-        UserError: there is none.
+        UserError: there is neither.
     """
-    study = _study_of(name, runs)
-    if study is None:
-        raise UserError(f"{name}: no study of that folder or name (a study has runs seed-0, seed-1, …); {_existing(runs)}")
-    return study
+    return _study_of(name, runs) or find_run(name, runs)
 
 
 def runs_of(name: str, runs: str = "runs") -> list[Path]:

@@ -10,13 +10,32 @@ from typing import Any
 
 import numpy as np
 
-from digitdist.checkpoint import Checkpoint, weights_sha256
+from digitdist.checkpoint import Checkpoint, UnreadableCheckpoint, newest_good, weights_sha256
+from digitdist.config import KEYS, Config, as_dict, read_stored_config
 from digitdist.errors import in_one_line
 from digitdist.files import MIB, parse_json, read_plain
-from digitdist.runs.folder import PREDICTIONS, RESULT
+from digitdist.runs.folder import CONFIG, PREDICTIONS, RESULT
 from digitdist.runs.metrics import METRICS, read_metrics
 
 LARGEST_PREDICTIONS = 1024 * MIB
+LENGTHS = ("train.epochs", "train.max_steps")
+
+
+def is_trained(folder: Path, config: Config) -> bool:
+    """Whether a training with this configuration has ended in `folder`, so that the same command would only say so.
+
+    Where this is False, that command decides: it may still find that there is nothing to train.
+    """
+    stored, mistakes = read_stored_config(folder / CONFIG)
+    before, wanted = as_dict(stored), as_dict(config)
+    altering = [name for name, key in KEYS.items() if key.alters_result_in(config.sync.mode) or name in LENGTHS]
+    if mistakes or any(before[name] != wanted[name] for name in altering):
+        return False
+    try:
+        last = newest_good(folder / "checkpoints", lambda _: None)
+    except UnreadableCheckpoint:
+        return False
+    return last is not None and is_finished(folder, last, lambda _: None)
 
 
 def is_finished(folder: Path, stored: Checkpoint, report: Callable[[str], None]) -> bool:

@@ -13,6 +13,7 @@ from digitdist.files import atomic_write, parse_json, read_plain
 
 METRICS = "metrics.jsonl"
 LARGEST = 4 << 30  # bytes that are read
+TAIL = 1 << 16  # bytes, more than a line has
 
 
 class MetricsLog:
@@ -68,6 +69,17 @@ def read_metrics(folder: Path, report: Callable[[str], None] = lambda _: None) -
     except OSError as error:
         report(f"{file} is damaged and left out ({in_one_line(error.strerror)})")
         return []
+
+
+def last_event(folder: Path) -> dict[str, Any] | None:
+    """The last whole event of a run, for which little is read; None where there is none."""
+    try:
+        with (folder / METRICS).open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
+            lines = file.read(TAIL).split(b"\n")[:-1]
+    except OSError:
+        return None
+    return next((value for line in reversed(lines) if (value := _object(line)) is not None and _is_event(value)), None)
 
 
 def read_json_lines(

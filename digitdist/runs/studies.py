@@ -46,3 +46,5 @@ def is_in_use(run: Path) -> bool:
             return False
     except Timeout:
         return True
+    except OSError:  # it cannot be locked here, which the training that wants to will tell
+        return False

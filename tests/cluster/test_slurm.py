@@ -175,6 +175,24 @@ def test_an_array_is_a_sweep(slurm, place):
     assert seven["seed"] == 7
 
 
+@on_slurm
+def test_a_study_as_an_array_is_collected_afterwards(slurm, place):
+    """One task is asked to stop midway, requeues itself, and trains no run twice."""
+    study = ("a", "--seeds", "4", *QUIET, "data.batch_size=1000", "train.max_steps=60", "train.log_every=1")
+    job = slurm.sbatch("--array=0-1", str(ROOT / "launch/slurm/study.sbatch"), *study, cwd=place)
+    slurm.wait(f"{job}_1", lambda: (place / "runs/a/seed-1").exists() and reached(place / "runs/a/seed-1") >= 5)
+    slurm.run("scancel", "--batch", "--signal=USR1", f"{job}_1")
+    for one in (f"{job}_0", f"{job}_1"):
+        assert slurm.finish(one) == "COMPLETED", slurm.output(one)
+    counts = [len(attempts(place / f"runs/a/seed-{seed}")) for seed in range(4)]
+    assert counts == [1, 2, 1, 1]
+    done = python("-m", "digitdist.study", *study, cwd=place)
+    assert done.code == 0, done.err
+    assert [len(attempts(place / f"runs/a/seed-{seed}")) for seed in range(4)] == counts
+    assert "a  " in done.out.splitlines()[-1]
+    assert result(place / "runs/a/seed-3")["steps"] == 60
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
 def test_bash_finds_nothing_wrong_with_it(script: Path):
     subprocess.run(["bash", "-n", str(script)], check=True)

@@ -9,7 +9,7 @@ from digitdist.checkpoint import Checkpoint
 from digitdist.config import Config
 from digitdist.data import DATA_SETS
 from digitdist.errors import UserError
-from digitdist.runs import find_run, find_study, runs_of
+from digitdist.runs import find_run, find_run_or_study, runs_of
 from digitdist.runs.finding import StoredRun
 
 
@@ -51,7 +51,8 @@ def test_a_study_is_its_finished_runs_by_seed_and_a_run_is_itself(tmp_path: Path
     assert runs_of(str(tmp_path / "runs/s")) == [tmp_path / "runs/s/seed-2", tmp_path / "runs/s/seed-10"]
     assert runs_of("one") == [Path("runs/one")]
     assert runs_of("s/seed-2") == [Path("runs/s/seed-2")] == [find_run("s/seed-2")]
-    assert find_study("s") == Path("runs/s")
+    assert find_run_or_study("s") == Path("runs/s")
+    assert find_run_or_study("one") == Path("runs/one")
 
 
 def test_what_is_no_run_or_no_study_is_told_with_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -64,6 +65,6 @@ def test_what_is_no_run_or_no_study_is_told_with_what_there_is(tmp_path: Path, m
         runs_of("g")
     with pytest.raises(UserError, match="new: none of its 1 runs is finished"):
         runs_of("new")
-    for find in (find_run, find_study, runs_of):
+    for find in (find_run, find_run_or_study, runs_of):
         with pytest.raises(UserError, match=r"g/optim.lr=0.1 \(a study\), new \(a study\), one, s \(a study\)"):
             find("another")

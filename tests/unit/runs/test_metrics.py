@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from digitdist.runs import read_metrics
+from digitdist.runs import last_event, read_metrics
 from digitdist.runs.metrics import truncate_metrics
 from digitdist.runs.tracker import RunTracker
 
@@ -87,3 +87,15 @@ def test_what_came_after_a_step_is_cut_off(tmp_path: Path):
 def test_there_is_nothing_to_cut_in_a_new_run(tmp_path: Path):
     truncate_metrics(tmp_path, -1, pytest.fail)
     assert read_metrics(tmp_path) == []
+
+
+def test_the_last_event_is_found_without_reading_the_others(tmp_path: Path):
+    assert last_event(tmp_path) is None
+    lines = [json.dumps({"step": step, "epoch": step / 10, "train/loss": 1.0}) for step in range(5000)]
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("\n".join(lines) + '\n{"step": 5000, "epo')
+    assert last_event(tmp_path) == {"step": 4999, "epoch": 499.9, "train/loss": 1.0}
+    file.write_text(lines[0] + "\nnonsense\n")
+    assert last_event(tmp_path) == {"step": 0, "epoch": 0.0, "train/loss": 1.0}
+    file.write_text("")
+    assert last_event(tmp_path) is None
