@@ -1,6 +1,6 @@
-"""A run's model, or that of several, as one file that needs nothing of this package, compared with it before it is kept.
+"""The model of a run, or of several, as one file that needs nothing of this package, or as a folder with its card; compared.
 
-A new format is two functions and a line in `FORMATS`.
+A new format is two functions and a line in `FORMATS`; the text of the card is ``templates/card.md.j2``.
 """
 
 from digitdist.export.ensembles import export_ensemble

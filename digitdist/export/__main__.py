@@ -12,6 +12,7 @@ from pathlib import Path
 from digitdist.config import Parser
 from digitdist.distributed import make_expendable, run_command
 from digitdist.errors import UserError
+from digitdist.export.card_command import CARD, add_card_options, check_card_options, make_card
 from digitdist.export.ensembles import export_ensemble
 from digitdist.export.formats import FORMATS
 from digitdist.export.parity import export
@@ -44,25 +45,34 @@ def main() -> None:
     make_expendable("stdout")  # since its product is a file
     parser = Parser(
         "python -m digitdist.export",
-        "The model of a run, or of several as one ensemble, as one file, from raw images to probabilities, and a parity check.",
+        "The model of a run, or of several as one ensemble, as one file, or of a run as a folder with a model card; compared.",
         "runs/quick --format onnx",
     )
     parser.add_runs()
     parser.add_overrides("configuration, such as data.root=data; trust=true executes the network that a received run names")
-    parser.add_argument("--format", required=True, choices=FORMATS, help="safetensors holds the weights alone")
+    parser.add_argument(
+        "--format", required=True, choices=(*FORMATS, CARD), help="safetensors: the weights alone; card: a folder for the Hub"
+    )
     parser.add_argument(
         "--output",
         metavar="FILE",
-        help="default: export/model.onnx, .pt2 or .safetensors in the run's folder; of an ensemble, ensemble.onnx or .pt2 here",
+        help="default: export/model.onnx, .pt2, .safetensors or card in the run's folder; of an ensemble, ensemble.onnx or .pt2"
+        " here",
     )
+    add_card_options(parser)
     arguments = parser.parse_args()
 
     if read_world().size > 1:
         raise UserError("an export is the work of one process; start it with python -m digitdist.export")
+    check_card_options(arguments)
     runs = load_runs(*split_overrides(arguments.runs))
-    single, suffix = len(runs) == 1, FORMATS[arguments.format].suffix
-    if not single and arguments.format == "safetensors":
-        raise UserError("--format safetensors holds the weights of one run; export each by itself, or choose onnx or torch")
+    single = len(runs) == 1
+    if not single and arguments.format in (CARD, "safetensors"):
+        raise UserError(f"--format {arguments.format} is of one run alone; export each by itself, or choose onnx or torch")
+    if arguments.format == CARD:
+        print_main(make_card(runs[0], arguments))
+        return
+    suffix = FORMATS[arguments.format].suffix
     file = Path(arguments.output or (runs[0].folder / "export" / f"model.{suffix}" if single else f"ensemble.{suffix}"))
     check_possible(arguments.format, file)
     if single and not arguments.output and file.parent.is_symlink():

@@ -10,8 +10,9 @@ from digitdist import checkpoint, config
 from digitdist.checkpoint import Checkpoint
 from digitdist.config import load_config
 from digitdist.data import DATA_SETS, DataSetInfo
+from digitdist.loading import card_content
 from digitdist.models import build_model
-from digitdist.runs import mark_run
+from digitdist.runs import load_run, mark_run
 
 MNIST = DATA_SETS["mnist"]
 
@@ -32,3 +33,18 @@ def made(
     checkpoint.write(folder / "checkpoints", Checkpoint(tensors, state), keep=1)
     mark_run(folder)
     return folder, tensors["ema" if ema else "model"]
+
+
+def made_run(folder: Path, *overrides: str, precision: str = "fp32") -> Path:
+    """The folder alone of such a run."""
+    return made(folder, *overrides, precision=precision)[0]
+
+
+def made_folder(run: Path, folder: Path) -> Path:
+    """The model of a run as it is passed on."""
+    loaded = load_run(str(run), [])
+    stored = loaded.checkpoint("last")
+    folder.mkdir()
+    for name, content in card_content(loaded, stored, loaded.model(stored), "# A card\n").items():
+        (folder / name).write_bytes(content)
+    return folder

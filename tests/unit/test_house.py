@@ -21,6 +21,7 @@ ROOMS = [  # a room may import only from those above it
         "sync",
         "evaluate",
         "predict",
+        "loading",
         "export",
         "train",
         "report",
