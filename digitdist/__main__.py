@@ -14,6 +14,7 @@ COMMANDS = {
     "predict": "the digit in each image file",
     "report": "plots and pages of runs",
     "export": "a run's model as one file",
+    "demo": "a page to draw a digit on",
     "bench": "speed on this machine",
     "checkpoint": "verify a run's checkpoints",
 }
