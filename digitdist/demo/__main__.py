@@ -19,7 +19,7 @@ from digitdist.demo.features import FeatureModel, TrainingFeatures
 from digitdist.demo.page import render_page
 from digitdist.demo.server import Content, DemoServer
 from digitdist.distributed import make_expendable, run_command
-from digitdist.errors import UserError
+from digitdist.errors import UserError, in_one_line
 from digitdist.runs import StoredRun, load_run
 from digitdist.world import print_main, read_world
 
@@ -35,9 +35,25 @@ def training_features(run: StoredRun, model: FeatureModel) -> TrainingFeatures:
     splits = load_splits(run.config.data, run.config.seed)
     if dataclasses.replace(splits.info, name=run.info.name) != run.info:
         raise UserError(
-            f"the images of {splits.info.name} here are not the run's; give its data.root, and data.target if it has one"
+            f"data.root={run.config.data.root} has {splits.info.name}, which the run was not trained on; give its data.root, and"
+            " data.target if it has one"
         )
     return TrainingFeatures(model, splits.train)
+
+
+def serve_until_interrupt(server: DemoServer, pages: dict[str, Content], answer: Answerer) -> None:
+    """Serves until ^C, which is no fault here but the way to end it."""
+    kills = signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # as in a command until here
+    if kills:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        print_main(f"{server.url} shows the page, to this machine alone; ^C ends it")
+        server.serve(pages, answer)
+    except KeyboardInterrupt:
+        print_main("\nthe page is not served any more")
+    finally:
+        if kills:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def main() -> None:
@@ -65,25 +81,11 @@ def main() -> None:
             training = training_features(run, model)
             note = f"Of {len(training):,} training images, those nearest by the cosine of the {model.description}."
         except UserError as error:
-            note = f"No training images: {error}."
+            note = f"No training images: {in_one_line(error)}."
             print(note, file=sys.stderr, flush=True)
         about = f"{run.folder} at step {stored.step:,}, trained on {run.info.name}; computed in {precision} on this machine."
         pages = render_page(run.folder.resolve().name, about, note, run.info, NUM_NEIGHBOURS if training else 0)
-        print_main(f"{server.url} shows the page, to this machine alone; ^C ends it")
         serve_until_interrupt(server, pages, Answerer(model, training))
-
-
-def serve_until_interrupt(server: DemoServer, pages: dict[str, Content], answer: Answerer) -> None:
-    """Serves until ^C, which is then no fault but the way to end it."""
-    before = signal.getsignal(signal.SIGINT)
-    if before == signal.SIG_DFL:  # which ends a process at once; not where the caller has it ignored
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        server.serve(pages, answer)
-    except KeyboardInterrupt:
-        print_main("\nthe page is not served any more")
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def text(browser: Browser, name: str) -> str:
 
 def bars(browser: Browser) -> list[float]:
     """The lengths of the bars as the page has them, 0 to 1."""
-    return browser.evaluate("[...document.querySelectorAll('.bar')].map(bar => Number(bar.style.transform.slice(7, -1)))")
+    return browser.evaluate("[...document.querySelectorAll('.bar')].map(bar => parseFloat(bar.style.width) / 100)")
 
 
 def shown_images(browser: Browser) -> int:

@@ -2,51 +2,65 @@
 "use strict";
 
 const find = (id) => document.getElementById(id);
-const paper = find("paper"), context = paper.getContext("2d");
-const PEN = paper.width / 14; // of a digit that fills most of the paper, about as thick as MNIST's
+const paper = find("paper");
+const PEN = 1 / 14; // of the paper's side: the stroke of a digit that fills most of it is about as thick as MNIST's
+const SENT = 224, MARGIN = 16; // pixels of a drawing's side as it is sent, and around it: what touches a rim is taken for dirt
 const MAX_BYTES = Number(document.body.dataset.maxBytes);
 
 // What was done, in order: a stroke {points}, a picture {file, image}, or a clearing {}. Undo takes back the last.
 const done = [];
 let stroke = null; // the one that is being drawn
 
-/** What is on the paper: the last picture since it was cleared, if any, and the strokes after it. */
+/** What is on the paper: a picture, or strokes; either may be missing. */
 function onPaper() {
   let first = done.length;
   while (first > 0 && done[first - 1].points) first--;
-  const below = done[first - 1];
-  return { picture: below && below.file ? below : null, strokes: done.slice(first) };
+  const strokes = done.slice(first), last = done[first - 1];
+  return { picture: last && last.file && !strokes.length ? last : null, strokes };
 }
 
-function paint() {
-  const { picture, strokes } = onPaper();
-  const side = paper.width;
-  context.fillStyle = "white";
-  context.fillRect(0, 0, side, side);
-  if (picture && picture.image) {
-    const { width, height } = picture.image;
-    const scale = side / Math.max(width, height);
-    context.drawImage(picture.image, (side - scale * width) / 2, (side - scale * height) / 2, scale * width, scale * height);
-  }
-  Object.assign(context, { strokeStyle: "black", lineWidth: PEN, lineCap: "round", lineJoin: "round" });
+/** Draws strokes on a canvas without any other ink, so that it is no photograph whose paper would have to be found. */
+function draw(canvas, strokes, margin) {
+  const context = canvas.getContext("2d"), side = canvas.width - 2 * margin;
+  context.setTransform(side, 0, 0, side, margin, margin);
+  Object.assign(context, { lineWidth: PEN, lineCap: "round", lineJoin: "round" });
   for (const { points } of strokes) {
     context.beginPath();
-    context.moveTo(...points[0]);
+    context.moveTo(points[0][0], points[0][1] + 1e-3); // a line without any length would not be drawn
     for (const point of points) context.lineTo(...point);
     context.stroke();
   }
+}
+
+function paint() {
+  const { picture, strokes } = onPaper(), image = picture && picture.image;
+  paper.width = paper.width; // clears it
+  paper.classList.toggle("picture", Boolean(image));
+  draw(paper, strokes, 0);
+  if (image) {
+    const { width, height } = image, scale = 1 / Math.max(width, height); // of the paper's side
+    paper.getContext("2d").drawImage(image, (1 - scale * width) / 2, (1 - scale * height) / 2, scale * width, scale * height);
+  }
   const hint = find("hint");
-  hint.hidden = Boolean(strokes.length || (picture && picture.image));
+  hint.hidden = Boolean(strokes.length || image);
   hint.textContent = picture ? `${picture.file.name}, which this browser cannot show` : hint.dataset.empty;
   find("undo").disabled = !done.length;
   find("clear").disabled = !picture && !strokes.length;
+}
+
+/** The drawing as a picture to be sent. */
+function drawing(strokes) {
+  const canvas = document.createElement("canvas");
+  canvas.width = canvas.height = SENT + 2 * MARGIN;
+  draw(canvas, strokes, MARGIN);
+  return new Promise((resolve) => canvas.toBlob(resolve));
 }
 
 /** The answer about what is on the paper: null where there is nothing, {error} where there can be none. */
 async function ask() {
   const { picture, strokes } = onPaper();
   if (!picture && !strokes.length) return null;
-  const content = strokes.length ? await new Promise((resolve) => paper.toBlob(resolve)) : picture.file;
+  const content = picture ? picture.file : await drawing(strokes);
   if (content.size > MAX_BYTES) return { error: `the picture is larger than ${MAX_BYTES >> 20} MiB` };
   try {
     const type = { "Content-Type": "application/octet-stream" };
@@ -83,22 +97,25 @@ function show(answer) {
   rows.forEach((row, number) => {
     const known = number < probabilities.length;
     row.className = number === best ? "best" : "";
-    row.querySelector(".bar").style.transform = `scaleX(${known ? probabilities[number] : 0})`;
+    row.querySelector(".bar").style.width = `${known ? 100 * probabilities[number] : 0}%`;
     row.querySelector(".percent").textContent = known ? percent(probabilities[number]) : "";
   });
-  const verdict = find("verdict");
-  verdict.textContent = best < 0 ? (answer ? "No prediction" : verdict.dataset.empty) : `${name(rows[best])}, ${percent(probabilities[best])}`;
-  if (best >= 0) keepInView(rows[best]);
+  find("verdict").textContent = answer ? "No prediction" : find("verdict").dataset.empty;
+  if (best >= 0) {
+    find("verdict").textContent = `${rows[best].querySelector("th").textContent}, ${percent(probabilities[best])}`;
+    keepInView(rows[best]);
+  }
   tile(find("seen").parentElement, image, "What the network sees of the drawing");
   document.querySelectorAll("#neighbours figure").forEach((figure, number) => {
     const one = neighbours[number];
     tile(figure, one && one.image, one && `Training image ${one.index}: ${one.class}`);
     const label = document.createElement("b"), caption = figure.querySelector("figcaption");
     label.textContent = one ? one.class : "\u00a0";
-    caption.replaceChildren(label, one ? ` ${one.cosine.toFixed(3)}` : "");
+    caption.replaceChildren(label, one ? one.cosine.toFixed(3) : "\u00a0");
   });
 }
 
+/** Shows an image in a figure, or none. */
 function tile(figure, image, text) {
   const shown = figure.querySelector("img");
   figure.className = image ? "" : "empty";
@@ -114,17 +131,18 @@ function keepInView(row) {
   if (top < list.scrollTop || end > list.scrollTop + list.clientHeight) list.scrollTop = top - list.clientHeight / 2;
 }
 
-const name = (row) => row.querySelector("th").textContent;
 const percent = (probability) => `${(100 * probability).toFixed(1)} %`;
 
+/** Where the pointer is, in parts of the paper's sides. */
 function place(event) {
-  const box = paper.getBoundingClientRect(), scale = paper.width / box.width;
-  return [(event.clientX - box.left) * scale, (event.clientY - box.top) * scale];
+  const box = paper.getBoundingClientRect();
+  return [(event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height];
 }
 
 paper.addEventListener("pointerdown", (event) => {
   if (!event.isPrimary || event.button !== 0) return;
   paper.setPointerCapture(event.pointerId); // a stroke goes on where it leaves the paper
+  if (onPaper().picture) done.push({});
   stroke = { points: [place(event)] };
   done.push(stroke);
   change();
@@ -159,3 +177,4 @@ document.addEventListener("keydown", (event) => {
   undo();
 });
 paint();
+show(null);

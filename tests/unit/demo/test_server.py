@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from digitdist.config import ModelConfig
-from digitdist.data import DATA_SETS, ImageSet, Splits, mnist_form
+from digitdist.data import DATA_SETS, ImageSet, Splits, mnist_form, picture_form
 from digitdist.demo import server as module
 from digitdist.demo.answer import Answerer
 from digitdist.demo.features import FeatureModel, TrainingFeatures
@@ -193,6 +193,19 @@ def test_a_network_that_gives_no_numbers_is_an_error():
         model.linear2.bias.fill_(torch.nan)
     with pytest.raises(UserError, match="no finite numbers"):
         Answerer(FeatureModel(model, MNIST, "fp32"), None)(png(seven()))
+
+
+def test_in_colour_and_other_sizes_the_whole_picture_is_scaled_as_by_predict():
+    info = replace(DATA_SETS["cifar10"], classes=("a", "b", "c"), width=40)
+    training = ImageSet(torch.randint(0, 256, (9, *info.raw_shape), dtype=torch.uint8), torch.arange(9) % 3)
+    model = FeatureModel(build_model(ModelConfig(), seed=0, info=info).eval(), info, "fp32")
+    answer = Answerer(model, TrainingFeatures(model, training))(png(seven().rotate(10, fillcolor="red")))
+    assert pixels(answer["image"]).shape == (32, 40, 3)
+    assert torch.equal(pixels(answer["image"]).permute(2, 0, 1), picture_form(seven().rotate(10, fillcolor="red"), info))
+    assert len(answer["probabilities"]) == 3
+    assert {one["class"] for one in answer["neighbours"]} <= {"a", "b", "c"}
+    first = answer["neighbours"][0]
+    assert torch.equal(pixels(first["image"]).permute(2, 0, 1), training.images[first["index"]])
 
 
 def test_only_this_machine_is_listened_to(server: DemoServer):
