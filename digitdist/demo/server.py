@@ -92,9 +92,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """One of the pages."""
-        page = self.server.pages.get(self.path)
         if self._is_refused():
             return
+        page = self.server.pages.get(self.path.partition("?")[0])
         if page is None:
             self.send_error(HTTPStatus.NOT_FOUND, f"there is no {self.path}")
         else:
@@ -102,9 +102,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         """A picture."""
-        length = self.headers.get("Content-Length", "")
         if self._is_refused():
             return
+        length = self.headers.get("Content-Length", "")
         if self.path != "/predict":
             self.send_error(HTTPStatus.NOT_FOUND, f"there is no {self.path} to post to")
         elif not (length.isascii() and length.isdecimal()) or len(length) > 19:

@@ -28,7 +28,7 @@ def chromium_command(profile: Path, *arguments: str) -> list[str]:
 
 
 class Browser:
-    """One page of a Chromium. `errors`: its exceptions, failed requests, and what its policy has kept it from."""
+    """One page of a Chromium. `errors`: its exceptions since it was opened, failed requests, and what its policy forbade it."""
 
     def __init__(self, profile: Path):
         self.errors: list[str] = []
@@ -37,7 +37,7 @@ class Browser:
         self._received = b""
         to_browser, self._to = os.pipe()
         self._from, from_browser = os.pipe()
-        command = ["sh", "-c", f'exec "$@" 3<&{to_browser} 4>&{from_browser}', "sh"]
+        command = ["bash", "-c", f'exec "$@" 3<&{to_browser} 4>&{from_browser}', "bash"]  # sh may take numbers below 10 alone
         command += chromium_command(profile, "--remote-debugging-pipe", "about:blank")
         self._process = subprocess.Popen(command, pass_fds=(to_browser, from_browser), stderr=subprocess.DEVNULL)
         os.close(to_browser)
@@ -87,6 +87,7 @@ class Browser:
         self.call("Emulation.setTouchEmulationEnabled", enabled=touch)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
+        self.errors.clear()
         self.call("Page.navigate", url=url)
         self.wait_for(f"location.href === {json.dumps(url)} && document.readyState === 'complete'")
 

@@ -189,7 +189,7 @@ def test_every_button_is_reached_and_pressed_by_the_keyboard(browser: Browser, u
     assert text(browser, "verdict") == "Nothing drawn yet"
 
 
-@pytest.mark.parametrize(("width", "dark"), itertools.product(WIDTHS, [False, True]))
+@pytest.mark.parametrize(("width", "dark"), [*itertools.product(WIDTHS, [False, True])])
 def test_the_page_fits_its_window_in_light_and_dark(browser: Browser, url: str, tmp_path: Path, width: int, dark: bool):
     browser.open(url, width, 900, dark=dark)
     draw(browser, *DIGITS["5"])
