@@ -15,6 +15,7 @@ COMMANDS = {
     "report": "plots and pages of runs",
     "export": "the model of a run, or of an ensemble, as one file",
     "study": "the same training over many seeds, compared",
+    "demo": "a page to draw a digit on",
     "bench": "speed on this machine",
     "checkpoint": "verify a run's checkpoints",
 }

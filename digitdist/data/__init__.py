@@ -3,7 +3,7 @@
 A new data set is an entry of `DATA_SETS` and, where torchvision does not have it, a reader in a file of its own.
 """
 
-from digitdist.data.datasets import AnySet, Batch, ImageSet, Share, Splits, StreamedSet
+from digitdist.data.datasets import AnySet, Batch, ImageSet, Share, Splits, StreamedSet, spread
 from digitdist.data.forms import picture_form
 from digitdist.data.info import DATA_SETS, DataSetInfo
 from digitdist.data.loaders import TrainingSampler, evaluation_loader, prepare_loader
@@ -48,5 +48,6 @@ __all__ = [
     "read_mnist",
     "read_picture",
     "seed_generators",
+    "spread",
     "upright_picture",
 ]

@@ -66,12 +66,13 @@ def test_the_installed_package_is_the_one_that_runs(site: Path, place: Path):
 
 
 def test_every_example_of_the_help_works(site: Path, place: Path):
-    """In the order in which a person would type them. `test_bench` runs that of bench, which takes minutes."""
+    """In the order in which a person would type them. `test_bench` runs that of bench, which takes minutes,
+    `test_demo` that of demo, which ends when it is told to."""
     extra = {"train": [*QUIET, "train.max_steps=60"]}
     for name in ("train", *(name for name in COMMANDS if name != "train")):
         command = example(site, place, name)
         assert command[:2] in (["accelerate", "launch"], ["python", "-m"])
-        if name == "bench":
+        if name in ("bench", "demo"):
             continue
         done = installed(site, place, *command, *extra.get(name, []))
         assert done.code == 0, (name, done.err)

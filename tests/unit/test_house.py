@@ -26,6 +26,7 @@ ROOMS = [  # a room may import only from those above it
         "train",
         "report",
         "study",
+        "demo",
         "bench",
         "__main__",
     ),

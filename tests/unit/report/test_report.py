@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import launching
+from helpers.browser import chromium_command
 from helpers.runs import attempts, result
 
 from digitdist import evaluate, report
@@ -300,12 +301,7 @@ def test_wrong_options_are_refused(arguments: list[str], trained: Path, tmp_path
 
 
 def chromium(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    program = shutil.which("chromium")
-    assert program, "this test needs chromium: apt-get install chromium"
-    quiet = ("no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "hide-scrollbars", "disable-sync")
-    more = ("disable-background-networking", "disable-component-update")
-    options = [f"--{name}" for name in ("headless", *quiet, *more)]
-    command = [program, *options, f"--user-data-dir={tmp_path / 'profile'}", *arguments]
+    command = chromium_command(tmp_path / "profile", *arguments)
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
 
 
