@@ -3,22 +3,18 @@
 A new statistic is a function in `statistics.py` with its source.
 """
 
-from digitdist.evaluate.ensemble import Comparison, average, compare_with_best, mean_probabilities
-from digitdist.evaluate.evaluating import Scores, chunked_loader, evaluate, score
+from digitdist.evaluate.ensemble import mean_probabilities
+from digitdist.evaluate.evaluating import chunked_loader, evaluate
 from digitdist.evaluate.result import Evaluation, load_predictions, save_predictions
 from digitdist.evaluate.saved import SavedPredictions, saved_predictions
 from digitdist.evaluate.statistics import SIGNIFICANT, calibration, holm, mcnemar, p_in_words, wilson_interval
 
 __all__ = [
     "SIGNIFICANT",
-    "Comparison",
     "Evaluation",
     "SavedPredictions",
-    "Scores",
-    "average",
     "calibration",
     "chunked_loader",
-    "compare_with_best",
     "evaluate",
     "holm",
     "load_predictions",
@@ -27,6 +23,5 @@ __all__ = [
     "p_in_words",
     "save_predictions",
     "saved_predictions",
-    "score",
     "wilson_interval",
 ]
