@@ -3,8 +3,8 @@
 A new statistic is a function with its source, in `statistics.py`, or over runs in `means.py`.
 """
 
-from digitdist.evaluate.ensemble import Comparison, average, compare_with_best, mean_probabilities
-from digitdist.evaluate.evaluating import Scores, chunked_loader, evaluate, score
+from digitdist.evaluate.ensemble import mean_probabilities
+from digitdist.evaluate.evaluating import chunked_loader, evaluate
 from digitdist.evaluate.means import Difference, Mean, mean_interval, welch
 from digitdist.evaluate.result import Evaluation, load_predictions, save_predictions
 from digitdist.evaluate.saved import SavedPredictions, saved_predictions
@@ -12,16 +12,12 @@ from digitdist.evaluate.statistics import SIGNIFICANT, calibration, holm, mcnema
 
 __all__ = [
     "SIGNIFICANT",
-    "Comparison",
     "Difference",
     "Evaluation",
     "Mean",
     "SavedPredictions",
-    "Scores",
-    "average",
     "calibration",
     "chunked_loader",
-    "compare_with_best",
     "evaluate",
     "holm",
     "load_predictions",
@@ -31,7 +27,6 @@ __all__ = [
     "p_in_words",
     "save_predictions",
     "saved_predictions",
-    "score",
     "welch",
     "wilson_interval",
 ]

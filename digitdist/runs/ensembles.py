@@ -73,11 +73,11 @@ def _run_dir(overrides: Sequence[str]) -> str:
 
 def _is_run(name: str, runs: str) -> bool:
     here = Path(os.path.expanduser(name))
+    place = here if os.path.lexists(here) else Path(runs) / name
     try:
-        found = runs_of(name, runs)[0]
+        return os.path.isdir(place) and bool(runs_of(os.path.abspath(place)))
     except UserError:
         return False
-    return here in (found, *found.parents) or not os.path.lexists(here)
 
 
 def _check_shared(first: StoredRun, run: StoredRun, needs_data: bool) -> None:

@@ -15,7 +15,9 @@ from accelerate import Accelerator
 from helpers.stored_runs import MNIST, made
 
 from digitdist.data import AnySet, Splits
-from digitdist.evaluate import Evaluation, Scores, average, compare_with_best, mean_probabilities
+from digitdist.evaluate import Evaluation, mean_probabilities
+from digitdist.evaluate.ensemble import average, compare_with_best
+from digitdist.evaluate.evaluating import Scores
 from digitdist.evaluate.members import Member, open_member
 from digitdist.runs import load_run
 

@@ -44,6 +44,7 @@ def test_the_runs_before_images_are_those_of_a_runs_folder_or_name_and_what_lies
     assert count_runs(["a", "b"], []) == 2
     assert count_runs(["misspelt", "-"], []) == 1, "the first is a run's, whatever it is"
     assert count_runs(["a", "seed-0"], ["run.dir=runs/s"]) == 2
+    assert count_runs(["a", "x" * 5000], []) == 1, "longer than a name can be"
 
 
 def test_a_study_is_all_of_its_finished_runs():
