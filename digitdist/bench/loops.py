@@ -132,7 +132,7 @@ def trainer_loop(overrides: list[str], phases: list[dict[str, float]], steps: in
         fixed = [f"run.dir={folder}", "train.eval_every=0", f"train.max_steps={steps}", *QUIET]
         setup = prepare([], [*overrides, *fixed])
         accelerator = start_accelerator(setup.config, setup.plan)
-        run = run_on_main(accelerator, lambda: open_run(setup.config, setup.plan, setup.splits, steps, []))
+        run = run_on_main(accelerator, lambda: open_run(setup.config, setup.plan, setup.splits, setup.ending, []))
         trainer = Trainer(setup, accelerator, run, Heartbeat(run.heartbeat, setup.plan.world))
         trainer.train()
         use_deterministic_algorithms(False)  # which exact mode switches on

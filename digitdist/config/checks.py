@@ -56,7 +56,7 @@ def check_combinations(config: Config) -> list[str]:
             "local": "there ranks do not meet in a step",
         }[config.sync.mode]
         mistakes.append(f"sync.batch_norm=true is not allowed with sync.mode={config.sync.mode}: {reason}; set it to false")
-    return mistakes + _check_data(config) + _check_folders(config)
+    return mistakes + _check_data(config) + _check_patience(config) + _check_folders(config)
 
 
 def _check_data(config: Config) -> list[str]:
@@ -71,6 +71,17 @@ def _check_data(config: Config) -> list[str]:
         if getattr(data, name) != getattr(defaults, name) and not resizes:
             mistakes.append(f"data.{name}={getattr(data, name)} needs data.name=folder and data.image=resize")
     return mistakes
+
+
+def _check_patience(config: Config) -> list[str]:
+    patience, needed = config.train.patience, []
+    if patience and not config.data.validation:
+        needed.append(
+            "data.validation=0: it is judged by images that are held out; set data.validation=5000, or train.patience=0"
+        )
+    if patience and not config.train.eval_every:
+        needed.append("train.eval_every=0: it counts evaluations; set train.eval_every=1, or train.patience=0")
+    return [f"train.patience={patience} is not allowed with {reason}" for reason in needed]
 
 
 def _names_a_folder(name: str) -> bool:

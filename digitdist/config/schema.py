@@ -139,6 +139,13 @@ class TrainConfig:
         alters_result=False,
     )
     eval_every: int = key(1, "epochs between two evaluations; 0: only at the end", ge=0, le=MANY, alters_result=False)
+    patience: int = key(
+        0,
+        "ends training after so many evaluations without a better accuracy on held-out images; 0: never",
+        ge=0,
+        le=MANY,
+        alters_result=False,
+    )
 
 
 @dataclass

@@ -182,6 +182,7 @@ def _read_result(file: Path) -> dict[str, Any]:
             if type(value) not in kinds or (isinstance(value, float | int) and not 0 <= value < LARGEST_NUMBER):
                 raise ValueError(f"its {name} is {shown(repr(value))}")
             result[name] = value
+    result["ended"] = ended if isinstance(ended := found.get("ended"), str) else None  # which earlier versions do not tell
     if not 0 <= result["test_correct"] <= result["test_total"] > 0:
         raise ValueError(f"it has {result['test_correct']} of {result['test_total']} correct")
     return result

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from digitdist.config import KEYS
+from digitdist.config import KEYS, shown
 from digitdist.report.page import draw, percent, plain, rate, score, write_page
 from digitdist.report.plots import STYLE, Plot, plot_calibration, plot_confusion, plot_curves, plot_mistakes, plot_throughput
 from digitdist.report.record import Record, read_record
@@ -53,10 +53,11 @@ def _result(record: Record) -> dict[str, Any] | None:
     if result is None:
         return None
     where = f"world size {result['world_size']}, {result['device']}, {result['precision']}"
+    ended = f", ended by {shown(result['ended'])}" if result["ended"] else ""
     facts = {
         "correct": f"{result['test_correct']:,} of {result['test_total']:,} {record.info.name} test images",
         "test loss": f"{result['test_loss']:.4f}",
-        "trained": f"{result['steps']:,} steps, {result['epochs']:.4g} epochs, last on {where}",
+        "trained": f"{result['steps']:,} steps, {result['epochs']:.4g} epochs{ended}, last on {where}",
         "training time": f"{result['train_seconds']:.1f} s, {rate(result)} images/s",
         "weights SHA-256": result["weights_sha256"],
     }

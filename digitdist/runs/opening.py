@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -49,6 +50,7 @@ OF_A_STATE: dict[str, type | tuple[type, ...]] = {
     "best": (dict, type(None)),
 }
 Fit = Callable[[Checkpoint], tuple[Checkpoint, list[str]]]
+Ending = Callable[[int, dict[str, Any] | None], str | None]  # by what a training ends at a step with that best evaluation
 
 
 def keep_all(stored: Checkpoint) -> tuple[Checkpoint, list[str]]:
@@ -56,9 +58,10 @@ def keep_all(stored: Checkpoint) -> tuple[Checkpoint, list[str]]:
     return stored, []
 
 
-def open_run(config: Config, plan: Plan, splits: Splits, last_step: int, launchers: list[float], fit: Fit = keep_all) -> Run:
+def open_run(config: Config, plan: Plan, splits: Splits, ending: Ending, launchers: list[float], fit: Fit = keep_all) -> Run:
     """Opens the run's folder on the main rank: locks it, finds what to resume, truncates the metrics to it.
 
+    `ending` says of a step and the best evaluation until then by what the training ends there, None where it goes on.
     `launchers` are the start times of the launchers of all ranks, by which restarted workers find their run. `fit` gives what
     of a checkpoint is resumed, and lines about what is not, before a file of the run is touched.
 
@@ -74,7 +77,7 @@ def open_run(config: Config, plan: Plan, splits: Splits, last_step: int, launche
         folder = runs / name if name else _make_folder_named_by_time(runs)
         lock = _lock(folder)
         run = Run(folder, platform.node(), token=secrets.token_hex(8), lock=lock)
-        _resume_or_begin(run, config, plan, splits, last_step, launchers, fit)
+        _resume_or_begin(run, config, plan, splits, ending, launchers, fit)
         return run
     except BaseException as error:
         if lock:  # or the folder may by now be another training's
@@ -112,7 +115,7 @@ def _lock(folder: Path) -> FileLock:
 
 
 def _resume_or_begin(
-    run: Run, config: Config, plan: Plan, splits: Splits, last_step: int, launchers: list[float], fit: Fit
+    run: Run, config: Config, plan: Plan, splits: Splits, ending: Ending, launchers: list[float], fit: Fit
 ) -> None:
     """Everything that can be refused is refused before a file is touched."""
     folder, training = run.folder, _training_id(config, plan, splits)
@@ -121,7 +124,8 @@ def _resume_or_begin(
     run.stored = None if never else _find_checkpoint(run, config.checkpoint.resume)
     if run.stored:
         _check_unchanged(config, plan, splits, run.stored)
-        run.finished = run.stored.step >= last_step and _is_own(run) and is_finished(folder, run.stored, print_main)
+        ended = ending(run.stored.step, run.stored.state["best"])
+        run.finished = ended is not None and _is_own(run) and is_finished(folder, run.stored, print_main)
         run.stored, lines = (run.stored, []) if run.finished else fit(run.stored)
         for line in lines:
             print_main(line)

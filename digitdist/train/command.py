@@ -105,11 +105,12 @@ def train_setup(setup: Setup, closing: contextlib.ExitStack) -> Path:
     launchers = sorted({time for time in gather_object([launcher_start_time()]) if time})
     fetch_run(config, plan, launchers)
     fit = partial(fitting, setup)
-    run = work_on_main(accelerator, lambda: open_run(config, plan, setup.splits, setup.last_step, launchers, fit))
+    run = work_on_main(accelerator, lambda: open_run(config, plan, setup.splits, setup.ending, launchers, fit))
     closing.callback(run.close)
     if run.finished and run.stored:
-        step = run.stored.step
-        print_main(f"{run.folder} is finished, at step {step:,}; raise train.epochs or train.max_steps to train on")
+        step, key = run.stored.step, setup.ending(run.stored.step, run.stored.state["best"])
+        advice = "raise it, or set it to 0," if key == "train.patience" else "raise train.epochs or train.max_steps"
+        print_main(f"{run.folder} is finished, at step {step:,}, by {key}; {advice} to train on")
         accelerator.end_training()
         return run.folder
     print_main(first_lines(setup, run))

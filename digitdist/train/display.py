@@ -29,6 +29,7 @@ def first_lines(setup: Setup, run: Run) -> str:
     holder = f" on {run.host}{', not seen by ' + ', '.join(blind) if blind else ''}" if world.several_hosts else ""
     held_out = f", {len(splits.validation):,} held out" if len(splits.validation) else ""
     focus = f", {order.focus} passes over hard images from the second one on" if order.focus > 1 else ""
+    patience = f", or until {config.train.patience:,} evaluations bring no better one" if config.train.patience else ""
     state = f"resumes at step {run.stored.step:,}" if run.stored else "starts"
     device = device_name(plan.device_type) + (f", {describe_instructions()}" if plan.device_type == "cpu" else "")
     quota = f" (CPU quota {round(plan.cpu_quota, 2)})" if plan.cpu_quota else ""
@@ -40,7 +41,7 @@ def first_lines(setup: Setup, run: Run) -> str:
         f"batch      {order.batch_size:,} global = {share} per rank × {world.size} rank{'s' if world.size > 1 else ''}"
         f" × {accumulate} accumulated",
         f"data       {splits.info.name}: {len(splits.train):,} images to train{held_out}, {len(splits.test):,} to test",
-        f"steps      {setup.last_step:,}, {order.steps_per_epoch:,} an epoch{focus}",
+        f"steps      {setup.last_step:,}{patience}, {order.steps_per_epoch:,} an epoch{focus}",
         f"run        {run.folder}{holder} {state}",
     ]
     return "\n".join(lines)

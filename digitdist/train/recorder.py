@@ -102,8 +102,9 @@ class Recorder:
         self._end_profile()
         self.tracker.close()
 
-    def finish(self, result: Evaluation, test: AnySet, memory: list[dict[str, float | None]]) -> None:
-        """Writes predictions and result, and shows them; `memory` is the peak memory of each rank.
+    def finish(self, result: Evaluation, ended: str | None, test: AnySet, memory: list[dict[str, float | None]]) -> None:
+        """Writes predictions and result, and shows them; `ended` is the key by which the training has ended, `memory` the peak
+        memory of each rank.
 
         Raises:
             Fault: one of the two cannot be written; the last checkpoint is there, from which they are made again.
@@ -112,10 +113,15 @@ class Recorder:
         self._end_profile()
         if not self.is_main:
             return
-        record = self._result(result, memory)
+        record = self._result(result, ended, memory)
         with _needed_at_the_end(PREDICTIONS):
             save_predictions(result, self.run.folder / PREDICTIONS)
         images, seconds = self.order.images_seen(self.state.step), self.state.train_seconds
+        if ended == "train.patience" and (best := self.state.best):
+            self.display.print(
+                f"\nended by train.patience={self.config.train.patience}: accuracy on held-out images has not risen since step"
+                f" {best['step']:,} ({100 * best['accuracy']:.2f} %); --checkpoint best of the other commands has its weights"
+            )
         self.display.print(f"\n{self.data_set} test: {result}")
         if seconds:
             self.display.print(f"trained {images:,} images in {seconds:.1f} s, {images / seconds:,.0f} images/s")
@@ -131,7 +137,7 @@ class Recorder:
         self.profiler.stop()
         self.profiler = NullProfiler()
 
-    def _result(self, result: Evaluation, memory: list[dict[str, float | None]]) -> dict[str, Any]:
+    def _result(self, result: Evaluation, ended: str | None, memory: list[dict[str, float | None]]) -> dict[str, Any]:
         """What ``result.json`` holds."""
         seconds = self.state.train_seconds
         return {
@@ -141,6 +147,7 @@ class Recorder:
             "test_loss": result.mean_loss,
             "epochs": self.epoch,
             "steps": self.state.step,
+            "ended": ended,
             "world_size": self.plan.world.size,
             "device": self.plan.device_type,
             "precision": self.plan.precision,

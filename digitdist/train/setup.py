@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,6 +25,7 @@ from digitdist.model_parts import check_scalable, has_batch_norm
 from digitdist.model_state import model_state, transient_buffers
 from digitdist.models import build_model
 from digitdist.runs import has_wandb_key, wandb_mistakes
+from digitdist.train.cadence import Cadence
 from digitdist.world import is_main
 
 LOCAL_KEYS = ("data.root", "run.dir")  # may differ from host to host
@@ -47,6 +49,17 @@ class Setup:
     def last_step(self) -> int:
         """The step after which the training ends."""
         return self.order.last_step(self.config.train.epochs, self.config.train.max_steps)
+
+    @cached_property
+    def cadence(self) -> Cadence:
+        return Cadence.of_config(self.config, self.order, self.last_step)
+
+    def ending(self, step: int, best: dict[str, Any] | None) -> str | None:
+        """The key by which the training ends after `step`, None where it goes on; `best` is a `TrainingState`'s."""
+        if step >= self.last_step:
+            whole = self.last_step == self.order.total_steps(self.config.train.epochs)
+            return "train.epochs" if whole else "train.max_steps"
+        return "train.patience" if self.cadence.is_out_of_patience(step, best) else None
 
     @property
     def starts_equal(self) -> bool:

@@ -28,7 +28,8 @@ LEAST_SCALE = 2.0**-14  # of fp16's loss: only a gradient above 1e9 overflows wi
 class TrainingState:
     """Everything that the rest of a training depends on, and its position: `step` updates have been made.
 
-    `best` is the step and accuracy of the best evaluation on held-out images; `attempt` is stored with each checkpoint.
+    `best` is the step and accuracy of the best evaluation on held-out images, and at which step the last one was
+    (``evaluated``); `attempt` is stored with each checkpoint.
     """
 
     model: nn.Module

@@ -17,7 +17,6 @@ from digitdist.model_state import model_state
 from digitdist.optim import learning_rate, set_learning_rate
 from digitdist.runs import Run
 from digitdist.sync import StepStats, check_finite
-from digitdist.train.cadence import Cadence
 from digitdist.train.recorder import Recorder
 from digitdist.train.setup import Setup
 from digitdist.train.state import build_state
@@ -34,8 +33,7 @@ class Trainer:
         self.heartbeat, self.phase = heartbeat, heartbeat.phase
         self.is_main = accelerator.is_main_process
         self.reads_every_step = device.type == "cpu"  # elsewhere the host would have to wait for the device
-        self.order, self.last_step = setup.order, setup.last_step
-        self.cadence = Cadence.of_config(config, self.order, self.last_step)
+        self.setup, self.order, self.cadence = setup, setup.order, setup.cadence
         self.splits = setup.splits.to(device)
 
         self.state = build_state(setup, accelerator, self.splits.train, heartbeat)
@@ -58,8 +56,13 @@ class Trainer:
     def step(self) -> int:
         return self.state.step
 
+    @property
+    def ending(self) -> str | None:
+        """The key by which the training ends here, if it does; the same on all ranks."""
+        return self.setup.ending(self.step, self.state.best)
+
     def train(self) -> None:
-        """Trains from `self.step` to `self.last_step`, and writes the result. Collective: every rank must call it.
+        """Trains from `self.step` to the end, and writes the result. Collective: every rank must call it.
 
         Raises:
             Stopped: on request, after a checkpoint.
@@ -77,9 +80,10 @@ class Trainer:
             if due.log:
                 self.log(stats)
             improved = due.evaluate and self.evaluate()
-            stopping = stats.stop_requested and not due.last
-            if due.save or improved or stopping:
-                self.save(last=due.last or stopping)
+            ending = self.ending is not None
+            stopping = stats.stop_requested and not ending
+            if due.save or improved or ending or stopping:
+                self.save(last=ending or stopping)
             if stopping:
                 self.stop()
         self.finish()
@@ -87,9 +91,9 @@ class Trainer:
     def batches(self) -> Iterator[Batch]:
         """This rank's share of each global batch that is left. Collective: every rank must exhaust it."""
         self.heartbeat.timer.lap()
-        while self.step < self.last_step:
+        while self.ending is None:
             self.phase("data")
-            self.sampler.begin(self.step, self.last_step, self._ranking())
+            self.sampler.begin(self.step, self.setup.last_step, self._ranking())
             for batch in self.loader:
                 yield batch
                 self.phase("data")
@@ -188,8 +192,9 @@ class Trainer:
         self.result, best = results["test"], self.state.best
         held_out = results.get("validation")
         improved = held_out is not None and (best is None or held_out.accuracy > best["accuracy"])
-        if held_out is not None and improved:
-            self.state.best = {"step": self.step, "accuracy": held_out.accuracy}
+        if held_out is not None:
+            found = {"step": self.step, "accuracy": held_out.accuracy} if improved or best is None else best
+            self.state.best = found | {"evaluated": self.step}
         self.recorder.evaluation(results)
         return improved
 
@@ -243,4 +248,4 @@ class Trainer:
         result = self.result or self._evaluate("test")  # where a restart finds the last step saved
         memory = gather_object([peak_memory_mb(self.accelerator.device)])
         self.phase("end")  # no rank needs another any more
-        self.recorder.finish(result, self.splits.test, memory)
+        self.recorder.finish(result, self.ending, self.splits.test, memory)

@@ -104,7 +104,7 @@ def train(options: list[str], last: int) -> tuple[Watched, Path]:
     AcceleratorState._reset_state()
     torch.use_deterministic_algorithms(False)
     accelerator = start_accelerator(setup.config, setup.plan)
-    run = run_on_main(accelerator, lambda: open_run(setup.config, setup.plan, setup.splits, setup.last_step, []))
+    run = run_on_main(accelerator, lambda: open_run(setup.config, setup.plan, setup.splits, setup.ending, []))
     with contextlib.redirect_stdout(io.StringIO()):
         trainer = Watched(setup, accelerator, run, Heartbeat(run.heartbeat, setup.plan.world))
         trainer.train()

@@ -57,7 +57,7 @@ def few_images() -> Splits:
 def train(accelerator: Accelerator, options: list[str], steps: int) -> Path:
     setup = prepare([], [*options, f"train.max_steps={steps}"])
     torch.use_deterministic_algorithms(setup.config.sync.mode == "exact")
-    run = run_on_main(accelerator, lambda: open_run(setup.config, setup.plan, setup.splits, setup.last_step, []))
+    run = run_on_main(accelerator, lambda: open_run(setup.config, setup.plan, setup.splits, setup.ending, []))
     with contextlib.redirect_stdout(io.StringIO()):
         Trainer(setup, accelerator, run, Heartbeat(run.heartbeat, setup.plan.world)).train()
     return run.folder

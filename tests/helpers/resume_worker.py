@@ -50,6 +50,7 @@ CHANGED = {
 }
 NOT_TRIED = {
     "data.root": "the same images elsewhere",
+    "train.patience": "where a run ends, which patience_runs try",
     "sync.batch_norm": "not allowed in the modes in which it is harmless",
     "train.threads": "rounding follows it, which only exact mode promises",
     "checkpoint.resume": "which checkpoint it is",

@@ -75,7 +75,7 @@ def train(
             lines.extend(more)
             return kept, more
 
-        run = run_on_main(accelerator, lambda: open_run(setup.config, setup.plan, setup.splits, setup.last_step, [], fit))
+        run = run_on_main(accelerator, lambda: open_run(setup.config, setup.plan, setup.splits, setup.ending, [], fit))
         try:
             if not (run.finished and run.stored):
                 trainer = Trainer(setup, accelerator, run, Heartbeat(run.heartbeat, setup.plan.world))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,20 +14,10 @@ from helpers.short_runs import train
 from digitdist import checkpoint
 from digitdist.checkpoint import Checkpoint
 from digitdist.config import KEYS
-from digitdist.distributed import process_restored, start_accelerator
 from digitdist.errors import UserError
-from digitdist.train import prepare
 
 ALLOWED = "checkpoint.allow_change=true"
 COMMON = ("data.batch_size=20", "train.log_every=1", "train.epochs=2")  # of 4 steps each
-
-
-@pytest.fixture
-def alone(mnist_root: Path) -> Iterator[Accelerator]:
-    """As a training makes it, on one process, which is left as it was."""
-    with process_restored(["train"]):
-        setup = prepare([], [f"data.root={mnist_root}", "tracking.wandb=disabled"])
-        yield start_accelerator(setup.config, setup.plan)
 
 
 def files(folder: Path) -> dict[str, str]:

@@ -22,7 +22,7 @@ def build_trainer(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call
     def build(*options: str) -> Trainer:
         setup = prepare([], ["tracking.wandb=disabled", "data.root=data", *options])
         accelerator = start_accelerator(setup.config, setup.plan)
-        run = open_run(setup.config, setup.plan, setup.splits, 100, [])
+        run = open_run(setup.config, setup.plan, setup.splits, setup.ending, [])
         trainer = Trainer(setup, accelerator, run, Heartbeat(run.heartbeat, setup.plan.world))
         trainer.reads_every_step = False
         return trainer
