@@ -12,7 +12,7 @@ from digitdist.data.loss_history import LOSS_HISTORY, LossHistory, NullLossHisto
 from digitdist.data.mnist_form import mnist_form
 from digitdist.data.order import Order
 from digitdist.data.packaged_mnist import read_mnist
-from digitdist.data.picture import list_pictures, open_picture, read_picture
+from digitdist.data.picture import list_pictures, open_picture, read_picture, upright_picture
 from digitdist.data.randomness import derive_seed, seed_generators
 from digitdist.data.sharding import Sharding
 from digitdist.data.transforms import augment, black, displayable, normalise
@@ -48,4 +48,5 @@ __all__ = [
     "read_mnist",
     "read_picture",
     "seed_generators",
+    "upright_picture",
 ]

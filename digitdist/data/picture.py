@@ -60,18 +60,23 @@ def open_picture(content: bytes) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             file = Image.open(io.BytesIO(content), formats=FORMATS)
             file.draft(None, (2 * WORKING_SIDE, 2 * WORKING_SIDE))  # a large JPEG is decoded smaller at once
-            image = ImageOps.exif_transpose(file)
-            if image.mode[0] in "IF":  # more than 8 bits, which Pillow would cut off
-                image = _as_grey(np.asarray(image, dtype=np.float32))
-            if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA"):
-                image = image.convert("RGB")
-            image = image.convert("RGBA")
-            image.thumbnail((WORKING_SIDE, WORKING_SIDE), Image.Resampling.BOX, reducing_gap=2.0)
-            return image
+            return upright_picture(file)
     except Image.UnidentifiedImageError:
         raise UserError("it is not an image of a known format") from None
     except Exception as error:  # decoders raise anything on damaged data
         raise UserError(f"it cannot be decoded: {in_one_line(error)}") from None
+
+
+def upright_picture(image: Image.Image) -> Image.Image:
+    """A picture of any mode, upright, as RGBA, at most `WORKING_SIDE` pixels wide and high."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode[0] in "IF":  # more than 8 bits, which Pillow would cut off
+        image = _as_grey(np.asarray(image, dtype=np.float32))
+    if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA"):
+        image = image.convert("RGB")
+    image = image.convert("RGBA")
+    image.thumbnail((WORKING_SIDE, WORKING_SIDE), Image.Resampling.BOX, reducing_gap=2.0)
+    return image
 
 
 def _as_grey(grey: np.ndarray) -> Image.Image:

@@ -2,3 +2,7 @@
 
 How a picture is decoded, what counts as ink, and how a digit is scaled and centred is in `digitdist.data`.
 """
+
+from digitdist.predict.predicting import predict
+
+__all__ = ["predict"]

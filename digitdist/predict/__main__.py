@@ -13,23 +13,15 @@ import contextlib
 import json
 import sys
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from digitdist.config import Parser, shown
-from digitdist.data import DataSetInfo, list_pictures, normalise, open_picture, picture_form, read_picture
+from digitdist.data import DataSetInfo, list_pictures, open_picture, picture_form, read_picture
 from digitdist.distributed import run_command
 from digitdist.errors import EXIT_USER_ERROR, UserError
+from digitdist.predict.predicting import predict
 from digitdist.runs import load_run
 from digitdist.world import print_main
-
-
-def predict(model: nn.Module, images: Tensor, info: DataSetInfo, precision: str = "fp32") -> Tensor:
-    """Probability of each class, float32 [n, classes], for raw images; the model must be in `eval` mode, and is run in
-    `precision`: fp32 or bf16."""
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-        logits = model(normalise(images, info))
-    return logits.float().softmax(1)
 
 
 def describe(file: str, probabilities: Tensor, top: int, info: DataSetInfo, as_json: bool) -> str:

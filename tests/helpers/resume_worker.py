@@ -1,6 +1,7 @@
 """Run on every rank of a world by test_resuming.py: short runs that are stopped, killed and resumed, and the unbroken ones.
 
-It prints, on the main rank, a JSON object: of each group of runs, the weights, loss and metric lines of each.
+It prints, on the main rank, a JSON object: of each group of runs, the weights, loss, metric lines and end of each. With the
+argument ``patient`` they are those of `patient_runs` alone.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ CHANGED = {
 }
 NOT_TRIED = {
     "data.root": "the same images elsewhere",
-    "train.patience": "where a run ends, which patience_runs try",
+    "train.patience": "where a run ends, which `patient_runs` try",
     "sync.batch_norm": "not allowed in the modes in which it is harmless",
     "train.threads": "rounding follows it, which only exact mode promises",
     "checkpoint.resume": "which checkpoint it is",
@@ -81,7 +82,12 @@ class World:
         if not self.accelerator.is_main_process:
             return {}
         final = result(folder)
-        return {"weights": final["weights_sha256"], "loss": final["test_loss"], "lines": events(folder)}
+        return {
+            "weights": final["weights_sha256"],
+            "loss": final["test_loss"],
+            "lines": events(folder),
+            "ended": final["ended"],
+        }
 
     def broken(self, name: str, options: tuple[str, ...], **how: int) -> dict[str, Any]:
         self.train(name, *options, LAST, **how)
@@ -111,6 +117,16 @@ def changed_runs(world: World, mode: str, *more: str) -> dict[str, Any]:
     return {"unbroken": unbroken, "changed": world.finished(f"{name}-changed", *options, *changed)}
 
 
+def patient_runs(world: World, mode: str) -> dict[str, Any]:
+    """Runs that end by `train.patience`, unbroken, stopped and gone."""
+    options = (*COMMON, f"sync.mode={mode}", "data.focus=1", "train.epochs=20", "train.eval_every=1", "train.patience=1")
+    found = {"unbroken": world.finished(f"patient-{mode}", *options)}
+    for how, step in (("stop", 3), ("kill", 6), ("stop", 8)):
+        world.train(f"patient-{mode}-{how}-{step}", *options, **{how: step})
+        found[f"{how} at {step}"] = world.finished(f"patient-{mode}-{how}-{step}", *options)
+    return found
+
+
 def fault_of(world: World, *options: str) -> str:
     """What ends a run whose ranks come to differ. Collective."""
     try:
@@ -124,9 +140,17 @@ def fault_of(world: World, *options: str) -> str:
 
 
 def main() -> None:
-    root, folder = sys.argv[1:]
+    root, folder, *only = sys.argv[1:]
     accelerator = start_accelerator(config := load_config((), [f"data.root={root}", "train.threads=1"]), make_plan(config))
     world = World(accelerator, root, folder)
+    found = {mode: patient_runs(world, mode) for mode in ("ddp", "exact", "local")} if only else all_runs(world)
+    if accelerator.is_main_process:
+        print(json.dumps(found))
+    accelerator.end_training()
+
+
+def all_runs(world: World) -> dict[str, Any]:
+    """All groups of runs but those with patience."""
     found: dict[str, Any] = {f"overlap {overlap}": local_runs(world, overlap) for overlap in ("false", "true")}
     running_mean = "model.target=helpers.awkward.RunningMean"
     for mode, *more in (("ddp",), ("ddp", running_mean), ("exact",), ("local",), ("local", "sync.overlap=true", running_mean)):
@@ -136,9 +160,7 @@ def main() -> None:
         "in its middle": fault_of(world, *differs, "checkpoint.every_steps=3", "train.max_steps=9"),
         "at its end": fault_of(world, *differs, "train.max_steps=5"),
     }
-    if accelerator.is_main_process:
-        print(json.dumps(found))
-    accelerator.end_training()
+    return found
 
 
 if __name__ == "__main__":

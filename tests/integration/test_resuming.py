@@ -25,3 +25,23 @@ def test_breaking_off_saving_and_harmless_keys_change_no_bit(tmp_path: Path, mni
                 assert run["lines"] == runs["unbroken, saved" if "saved" in case else "unbroken"]["lines"], (name, case)
     assert "step 3: rank 1 and rank 0 differ in mean" in differs["in its middle"]
     assert "step 5: rank 1 and rank 0 differ in mean" in differs["at its end"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_patience_ends_all_ranks_at_one_step_whatever_has_broken_them_off_and_in_exact_mode_on_any_world(
+    tmp_path: Path, mnist_root: Path
+):
+    exact = []
+    for size in (1, 2, 3):
+        worker = ("-m", "helpers.resume_worker", str(mnist_root), str(tmp_path / f"runs-{size}"), "patient")
+        done = torchrun(size, *worker, cwd=ROOT / "tests", env={"PYTHONPATH": str(ROOT)})
+        assert done.code == 0, done.err
+        modes = json.loads(done.out.splitlines()[-1])
+        for mode, runs in modes.items():
+            unbroken = runs["unbroken"]
+            assert unbroken["ended"] == "train.patience"
+            assert 8 <= unbroken["lines"][-1]["step"] < 80
+            assert all(run == unbroken for run in runs.values()), mode
+        exact.append(modes["exact"]["unbroken"])
+    assert exact[0] == exact[1] == exact[2]

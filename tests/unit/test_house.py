@@ -14,7 +14,20 @@ import digitdist
 ROOMS = [  # a room may import only from those above it
     "process_start",
     *("errors", "files", "world", "config", "checkpoint", "model_state", "distributed", "data", "models", "optim"),
-    *("model_parts", "model_checks", "runs", "sync", "evaluate", "predict", "export", "train", "report", "bench", "__main__"),
+    *(
+        "model_parts",
+        "model_checks",
+        "runs",
+        "sync",
+        "evaluate",
+        "predict",
+        "loading",
+        "export",
+        "train",
+        "report",
+        "bench",
+        "__main__",
+    ),
 ]
 PACKAGE = Path(digitdist.__file__).parent
 SOURCES = {

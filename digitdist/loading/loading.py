@@ -1,0 +1,69 @@
+"""Where a model may be: in a run, in a folder that ``export --format card`` has made, or on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from digitdist.config import shown
+from digitdist.distributed import generators_kept
+from digitdist.errors import UserError, in_one_line
+from digitdist.files import read_plain
+from digitdist.loading.folder import CARD_FILES, CONFIG, load_folder
+from digitdist.loading.trained import TrainedModel
+from digitdist.runs import CONFIG as RUN_CONFIG
+from digitdist.runs import load_run
+
+HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
+
+
+def load(source: str | os.PathLike[str], *, checkpoint: str = "last", trust: bool = False) -> TrainedModel:
+    """The model of a run, of a folder that ``export --format card`` has made, or of a repository on the Hugging Face Hub that
+    holds the files of such a folder.
+
+    `source`: a folder, the name of a run in ``runs``, or a Hub id, ``USER/NAME``; what is on the disk comes first.
+    `checkpoint`: of a run, ``last``, ``best`` or a step. `trust`: whether the network that a run or a folder of somebody else's
+    names may be executed, where it is not one of this package's; it must be on ``PYTHONPATH``, since nothing that comes with
+    the weights is executed.
+
+    Raises:
+        UserError: there is no such model, it is damaged, or it needs `trust`.
+    """
+    with generators_kept():  # a network's initial weights are drawn before the stored ones take their place
+        return _load(os.fspath(source), checkpoint, trust)
+
+
+def _load(name: str, checkpoint: str, trust: bool) -> TrainedModel:
+    for folder in (Path(os.path.expanduser(name)), Path("runs") / name):
+        if (folder / RUN_CONFIG).is_file():
+            return _load_run(folder, checkpoint, trust)
+        if (folder / CONFIG).is_file():
+            return load_folder(folder, trust)
+    if os.path.exists(os.path.expanduser(name)) or not HUB_ID.fullmatch(name):
+        files = f"a run has a {RUN_CONFIG}, an exported model a {CONFIG}"
+        raise UserError(f"{shown(name)}: no model there; give a run, a folder of export --format card, or USER/NAME ({files})")
+    return _load_from_hub(name, trust)
+
+
+def _load_run(folder: Path, checkpoint: str, trust: bool) -> TrainedModel:
+    run = load_run(str(folder), ["data.root=.", *(["trust=true"] if trust else [])], needs_data=False)
+    stored = run.checkpoint(checkpoint)
+    return TrainedModel(run.model(stored), run.info, run.precision(stored, "cpu"))
+
+
+def _load_from_hub(name: str, trust: bool) -> TrainedModel:
+    """The model of a repository, whose files the Hub's own library keeps in its cache."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    def read(file: str) -> bytes:
+        try:
+            path = hf_hub_download(name, file, library_name="digitdist")
+        except Exception as error:  # of the Hub's, the network's or the disk's
+            reason = in_one_line(error)[:300]
+            raise UserError(f"{name}: nothing of that name is here, and the Hub gives no {file}: {reason}") from None
+        return read_plain(Path(path).resolve(), CARD_FILES[file])  # the cache names its files by links
+
+    disable_progress_bars()
+    return load_folder(Path(name), trust, read)
