@@ -6,6 +6,7 @@ To add a key, add a field to `schema.py`, nothing else.
 from digitdist.config.checks import expand_user, nearest_folder
 from digitdist.config.command_line import Parser
 from digitdist.config.keys import KEYS, as_dict, describe_keys, result_changes
+from digitdist.config.overrides import as_overrides
 from digitdist.config.reading import (
     dump_config,
     load_config,
@@ -26,7 +27,7 @@ from digitdist.config.schema import (
     TrackingConfig,
 )
 from digitdist.config.targets import import_target
-from digitdist.config.values import shown
+from digitdist.config.values import printable, shown
 
 __all__ = [
     "KEYS",
@@ -40,6 +41,7 @@ __all__ = [
     "SyncConfig",
     "TrackingConfig",
     "as_dict",
+    "as_overrides",
     "describe_keys",
     "dump_config",
     "expand_user",
@@ -47,6 +49,7 @@ __all__ = [
     "load_config",
     "load_stored_config",
     "nearest_folder",
+    "printable",
     "read_config",
     "read_stored_config",
     "result_changes",

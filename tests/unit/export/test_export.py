@@ -22,7 +22,7 @@ from digitdist.data import Splits
 from digitdist.errors import EXIT_USER_ERROR, UserError
 from digitdist.export import formats, parity
 from digitdist.export.__main__ import main
-from digitdist.models import build_model
+from digitdist.models import MODELS, build_model
 from digitdist.runs import mark_run
 
 pytestmark = pytest.mark.slow  # exporters take seconds each
@@ -191,6 +191,25 @@ def test_other_models_export_with_any_number_of_images(form: str, network: str, 
     with torch.no_grad():
         for count in (1, 7, 0):
             assert classify(torch.zeros(count, 28, 28, dtype=torch.uint8)).shape == (count, 10)
+
+
+@pytest.mark.parametrize("network", [*(f"model.name={name}" for name in MODELS), "model.target=helpers.networks.Tied"])
+@pytest.mark.usefixtures("few")
+def test_an_onnx_file_passes_the_full_check_and_takes_no_image_one_and_257(network: str, tmp_path: Path, splits: Splits):
+    import onnx
+    import onnxruntime
+
+    run, _ = made(tmp_path / "m", network)
+    call(run, "--format", "onnx")
+    file = run / "export/model.onnx"
+    onnx.checker.check_model(file, full_check=True)
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    images = splits.test.images[:257].numpy()
+    wanted = digitdist.load(run).probabilities(images)
+    for count in (0, 1, 257):
+        (found,) = session.run(None, {"images": images[:count]})
+        assert (found.dtype, found.shape) == (np.float32, (count, 10))
+        assert np.allclose(found, wanted[:count], atol=1e-5)
 
 
 @pytest.mark.usefixtures("few")
