@@ -5,24 +5,18 @@ python -m digitdist.export RUN --format onnx
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
-import re
 from pathlib import Path
 
-from digitdist.config import Parser, shown
+from digitdist.config import Parser
 from digitdist.distributed import make_expendable, run_command
 from digitdist.errors import UserError
-from digitdist.export.card_folder import check_card_folder, export_card
+from digitdist.export.card_command import CARD, add_card_options, check_card_options, make_card
 from digitdist.export.formats import FORMATS
-from digitdist.export.hub import check_push, push
 from digitdist.export.parity import export
-from digitdist.runs import StoredRun, load_run
+from digitdist.runs import load_run
 from digitdist.world import print_main, read_world
-
-CARD = "card"
-HELP = "safetensors holds the weights alone; card: a folder for the Hugging Face Hub, with a model card"
 
 
 def check_possible(form: str, file: Path) -> None:
@@ -45,53 +39,23 @@ def check_possible(form: str, file: Path) -> None:
         raise UserError(f"--output {file}: {reason}; give a file in a folder you can write to")
 
 
-def check_card_options(arguments: argparse.Namespace) -> None:
-    """Refuses, before any work is done, options of a card that cannot be had.
-
-    Raises:
-        UserError: naming which.
-    """
-    if arguments.format != CARD and (arguments.push or arguments.license != "mit"):
-        raise UserError("--push and --license need --format card")
-    if arguments.public and not arguments.push:
-        raise UserError("--public needs --push USER/NAME, what it makes public")
-    if not re.fullmatch(r"[a-z0-9.-]{1,60}", arguments.license):
-        raise UserError(
-            f"--license {shown(arguments.license)} is not allowed; it takes an identifier of the Hub's, such as mit"
-        )
-    if arguments.push:
-        check_push(arguments.push)
-
-
-def make_card(run: StoredRun, arguments: argparse.Namespace) -> str:
-    """Writes the run's model with its card, sends it if that is asked for, and returns what has come of it."""
-    folder = Path(arguments.output or run.folder / "export" / CARD)
-    if not arguments.output and folder.parent.is_symlink():
-        raise UserError(f"{folder.parent} is a link out of the run's folder; give --output FOLDER")
-    check_card_folder(folder)
-    print_main(export_card(run, arguments.checkpoint, folder, arguments.license))
-    return push(folder, arguments.push, arguments.public) if arguments.push else f"to load it: digitdist.load({str(folder)!r})"
-
-
 def main() -> None:
     """The command."""
     make_expendable("stdout")  # since its product is a file
     parser = Parser(
         "python -m digitdist.export",
-        "A run's model as one file, from raw images to probabilities, and a parity check against the run.",
+        "A run's model as one file, from raw images to probabilities, or as a folder with a model card; compared with the run.",
         "runs/quick --format onnx",
     )
     parser.add_run()
     parser.add_overrides("configuration, such as data.root=data; trust=true executes the network that a received run names")
-    parser.add_argument("--format", required=True, choices=(*FORMATS, CARD), help=HELP)
+    parser.add_argument(
+        "--format", required=True, choices=(*FORMATS, CARD), help="safetensors: the weights alone; card: a folder for the Hub"
+    )
     parser.add_argument(
         "--output", metavar="FILE", help="default: export/model.onnx, .pt2, .safetensors or card in the run's folder"
     )
-    parser.add_argument(
-        "--push", metavar="USER/NAME", help="card: send it to the Hugging Face Hub; private, if it is new there"
-    )
-    parser.add_argument("--public", action="store_true", help="with --push: for everybody to see")
-    parser.add_argument("--license", default="mit", metavar="ID", help="card: of the model, as the Hub names it (default: mit)")
+    add_card_options(parser)
     arguments = parser.parse_args()
 
     if read_world().size > 1:
