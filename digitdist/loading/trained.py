@@ -76,7 +76,7 @@ class TrainedModel:
                 f"images of {images.dtype} and shape {shape} are not allowed; give uint8 [n, {sizes}] or [{sizes}], PIL images"
                 " or file names"
             )
-        tensor = torch.from_numpy(np.ascontiguousarray(images)) if isinstance(images, np.ndarray) else images.cpu()
+        tensor = torch.from_numpy(np.array(images, order="C")) if isinstance(images, np.ndarray) else images.cpu()
         return tensor[None] if shape == wanted else tensor
 
     def _form(self, picture: object) -> Tensor:

@@ -29,7 +29,7 @@ def first_lines(setup: Setup, run: Run) -> str:
     holder = f" on {run.host}{', not seen by ' + ', '.join(blind) if blind else ''}" if world.several_hosts else ""
     held_out = f", {len(splits.validation):,} held out" if len(splits.validation) else ""
     focus = f", {order.focus} passes over hard images from the second one on" if order.focus > 1 else ""
-    patience = f", or until {config.train.patience:,} evaluations bring no better one" if config.train.patience else ""
+    patience = f" or fewer, by train.patience={config.train.patience}" if config.train.patience else ""
     state = f"resumes at step {run.stored.step:,}" if run.stored else "starts"
     device = device_name(plan.device_type) + (f", {describe_instructions()}" if plan.device_type == "cpu" else "")
     quota = f" (CPU quota {round(plan.cpu_quota, 2)})" if plan.cpu_quota else ""

@@ -120,7 +120,7 @@ class Recorder:
         if ended == "train.patience" and (best := self.state.best):
             self.display.print(
                 f"\nended by train.patience={self.config.train.patience}: accuracy on held-out images has not risen since step"
-                f" {best['step']:,} ({100 * best['accuracy']:.2f} %); --checkpoint best of the other commands has its weights"
+                f" {best['step']:,} ({100 * best['accuracy']:.2f} %), whose weights other commands take with --checkpoint best"
             )
         self.display.print(f"\n{self.data_set} test: {result}")
         if seconds:

@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,11 @@ def test_one_image_may_be_had_in_any_form(run: Path, splits: Splits, tmp_path: P
     assert model.predict([]).shape == (0,)
     backwards = np.ascontiguousarray(image.numpy()[::-1])[::-1]
     assert model.probabilities(backwards).tobytes() == wanted.tobytes(), "an array that goes backwards in memory"
+    fixed = image.numpy().copy()
+    fixed.setflags(write=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert model.probabilities(fixed).tobytes() == wanted.tobytes(), "an array that must not be written to"
 
 
 @pytest.mark.parametrize(

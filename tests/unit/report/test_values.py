@@ -22,6 +22,7 @@ RESULT = {
     "steps": 5,
     "world_size": 1,
     "device": "cpu",
+    "ended": "train.patience",
     **{"precision": "fp32", "images_per_second": 1000.0, "train_seconds": 1.0, "weights_sha256": "0" * 64},  # noqa: PIE800
 }
 BAD = [None, True, -1, 0, 1.5, 10**30, 1e308, float("nan"), float("inf"), "", "text", "9" * 5000, [], [[1]], {}, {"a": None}]
@@ -57,6 +58,19 @@ def changed(value: object, path: tuple[object, ...], new: object) -> object:
 def paths(value: object, path: tuple[object, ...] = ()) -> list[tuple[object, ...]]:
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     return [path, *(inner for key, item in items for inner in paths(item, (*path, key)))]
+
+
+@pytest.mark.parametrize(
+    ("ended", "told"),
+    [
+        ("train.patience", "0.1 epochs, ended by train.patience, last on"),
+        (None, "0.1 epochs, last on"),
+        (7, "0.1 epochs, last on"),
+    ],
+)
+def test_a_page_tells_by_what_a_run_has_ended_where_its_result_does(run: Path, ended: object, told: str):
+    (run / "result.json").write_text(json.dumps(RESULT | {"ended": ended}))
+    assert told in report.write_report(run).read_text()
 
 
 @pytest.mark.slow
