@@ -62,7 +62,7 @@ def export_card(run: StoredRun, which: str, folder: Path, licence: str) -> str:
     network = run.model(stored)
     expected, labels = _probabilities(TrainedModel(network, run.info, run.precision(stored, "cpu")), test)
     result = _evaluation(expected, labels, test)
-    content = card_content(run, stored, card_text(run, stored, network, result, licence))
+    content = card_content(run, stored, network, card_text(run, stored, network, result, licence))
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
     try:
         temporary.mkdir()

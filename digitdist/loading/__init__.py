@@ -3,8 +3,8 @@
 What a run's own folder holds is read by `digitdist.runs`.
 """
 
-from digitdist.loading.folder import CARD_FILES, README, card_content, load_folder
+from digitdist.loading.folder import CARD_FILES, card_content, load_folder
 from digitdist.loading.loading import load
 from digitdist.loading.trained import TrainedModel
 
-__all__ = ["CARD_FILES", "README", "TrainedModel", "card_content", "load", "load_folder"]
+__all__ = ["CARD_FILES", "TrainedModel", "card_content", "load", "load_folder"]

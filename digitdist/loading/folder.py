@@ -15,6 +15,7 @@ from typing import Any
 
 import safetensors.torch
 from safetensors import SafetensorError
+from torch import nn
 
 import digitdist
 from digitdist.checkpoint import Checkpoint
@@ -28,15 +29,17 @@ from digitdist.runs import StoredRun
 
 README, WEIGHTS, CONFIG, PREPROCESSOR = "README.md", "model.safetensors", "config.json", "preprocessor_config.json"
 CARD_FILES = {README: MIB, WEIGHTS: 4096 * MIB, CONFIG: MIB, PREPROCESSOR: MIB}  # with the most bytes that are read
-LIBRARY = "digitdist"
 ReadFile = Callable[[str], bytes]
 
 
-def card_content(run: StoredRun, stored: Checkpoint, card: str) -> dict[str, bytes]:
-    """The content of each file of the folder for checkpoint `stored` of `run`, whose card's text is `card`."""
-    model, info, network = run.config.model, run.info, run.model(stored)
+def card_content(run: StoredRun, stored: Checkpoint, network: nn.Module, card: str) -> dict[str, bytes]:
+    """The content of each file of the folder for checkpoint `stored` of `run`, whose weights are in `network`.
+
+    `card`: the text of the model card.
+    """
+    model, info = run.config.model, run.info
     config = {
-        "library_name": LIBRARY,
+        "library_name": "digitdist",
         "digitdist_version": digitdist.__version__,
         "architectures": [type(network).__name__],
         "model": dataclasses.asdict(model),

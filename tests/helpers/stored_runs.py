@@ -29,8 +29,9 @@ def made_run(folder: Path, *overrides: str, precision: str = "fp32") -> Path:
 
 def made_folder(run: Path, folder: Path) -> Path:
     """The model of a run as it is passed on."""
-    stored = load_run(str(run), [])
+    loaded = load_run(str(run), [])
+    stored = loaded.checkpoint("last")
     folder.mkdir()
-    for name, content in card_content(stored, stored.checkpoint("last"), "# A card\n").items():
+    for name, content in card_content(loaded, stored, loaded.model(stored), "# A card\n").items():
         (folder / name).write_bytes(content)
     return folder
