@@ -25,7 +25,7 @@ def test_a_run_leaves_the_files_of_the_readme(place: Path):
     final = result(folder)
     assert set(final) == {
         *("test_correct", "test_total", "test_accuracy", "test_loss", "epochs", "steps", "world_size", "device"),
-        *("precision", "images_per_second", "train_seconds", "weights_sha256", "peak_memory_mb"),
+        *("precision", "images_per_second", "train_seconds", "weights_sha256", "peak_memory_mb", "ended"),
     }
     assert (final["test_total"], final["steps"], final["world_size"]) == (10000, 45, 1)
     assert (final["device"], final["precision"]) == ("cpu", "fp32")
