@@ -35,8 +35,8 @@ def training_features(run: StoredRun, model: FeatureModel) -> TrainingFeatures:
     splits = load_splits(run.config.data, run.config.seed)
     if dataclasses.replace(splits.info, name=run.info.name) != run.info:
         raise UserError(
-            f"data.root={run.config.data.root} has {splits.info.name}, which the run was not trained on; give its data.root, and"
-            " data.target if it has one"
+            f"data.root={run.config.data.root} has {splits.info.name}, which the run was not trained on; give its data.root,"
+            " and data.target if it has one"
         )
     return TrainingFeatures(model, splits.train)
 
