@@ -39,18 +39,17 @@ def main() -> None:
     arguments = _arguments()
     if read_world().size > 1:
         raise UserError("a study starts its processes by itself; start it once, by python -m digitdist.study")
-    runs_dir, name = _place(arguments)
-    folder = Path(runs_dir) / name
+    runs_dir, folder = _place(arguments)
     if arguments.seeds is None and not arguments.grid:
         find_run_or_study(str(folder), runs_dir)  # or what is there is told
     studies = combinations(arguments.grid, folder) if arguments.grid else {folder: []}
     others = _others(arguments.against, runs_dir)
     outcome = Outcome()
     if arguments.seeds is not None:
-        outcome = _train(arguments, name, studies)
+        outcome = _train(arguments, folder.name, studies)
     try:
         if not arguments.part:
-            _show(arguments, name, list(studies), others)
+            _show(arguments, folder.name, list(studies), others)
     except UserError:
         if not outcome.failures:  # which may have left nothing to show
             raise
@@ -107,13 +106,13 @@ def _is_override(word: str) -> bool:
     return bool(equals) and name in KEYS
 
 
-def _place(arguments: argparse.Namespace) -> tuple[str, str]:
-    """The folder of all runs, and the study's name in it."""
-    parent, name = os.path.split(arguments.name.rstrip("/"))
-    if parent:
-        arguments.overrides.append(f"run.dir={parent}")
-    config = load_config(arguments.config, [*arguments.overrides, f"run.name={name}"])
-    return config.run.dir, name
+def _place(arguments: argparse.Namespace) -> tuple[str, Path]:
+    """The folder of all runs, and that of the study: one of this name in it, else the path that the name is."""
+    plain = os.path.basename(arguments.name.rstrip("/"))
+    runs_dir = load_config(arguments.config, [*arguments.overrides, f"run.name={plain}"]).run.dir
+    named = Path(runs_dir) / arguments.name
+    is_path = plain != arguments.name and not named.is_dir()
+    return runs_dir, Path(os.path.expanduser(arguments.name)) if is_path else named
 
 
 def _others(groups: Sequence[Sequence[str]], runs_dir: str) -> list[Study]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,8 +21,10 @@ class Progress:
         self.title, self.num_runs, self.num_done, self.stream = title, num_runs, num_done, stream
         self.bar: Any = None
         if stream.isatty():
+            columns, rows = shutil.get_terminal_size()
+            size = {"ncols": columns, "nrows": rows}  # tqdm itself draws nothing on a terminal that tells no size
             start = {"total": num_runs, "initial": num_done, "file": stream, "leave": False}
-            self.bar = tqdm(desc=self._heading(), bar_format=FORMAT, smoothing=0, dynamic_ncols=True, **start)
+            self.bar = tqdm(desc=self._heading(), bar_format=FORMAT, smoothing=0, **start, **size)
 
     def print(self, text: str) -> None:
         """Prints a line, above the bar if there is one; any thread may call it."""
