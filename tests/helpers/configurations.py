@@ -289,6 +289,7 @@ class Configuration:
             or ((v["data.size"], v["data.channels"]) != (28, 1) and not folder)
             or v["train.accumulate"] > v["data.batch_size"]
             or (exact and v["sync.shards"] * v["train.accumulate"] > 65536)
+            or (v["train.patience"] and not (v["data.validation"] and v["train.eval_every"]))
         )
 
 
