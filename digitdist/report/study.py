@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from digitdist.config import KEYS, shown
-from digitdist.evaluate import Difference, Mean, holm, mean_interval, welch
-from digitdist.report.comparison import SIGNIFICANT
+from digitdist.evaluate import SIGNIFICANT, Difference, Mean, holm, mean_interval, p_in_words, welch
 from digitdist.report.record import Record, read_record
 from digitdist.runs import seeds_in
 
@@ -112,9 +111,8 @@ def verdict(study: Study, other: Study, found: Difference, p_value: float, num_c
         return f"{start}; whether they differ cannot be said: {why}{end}"
     better = study.name if found.difference > 0 else other.name
     finding = f"{better} is better" if p_value < SIGNIFICANT else "no difference is shown"
-    value = f"p = {p_value:.2g}" if p_value >= 0.0001 else "p < 0.0001"
     adjusted = f", Holm for {num_comparisons} comparisons" if num_comparisons > 1 else ""
-    return f"{start} (95 % interval {interval(found)}, Welch): {finding}, {value}{adjusted}{end}"
+    return f"{start} (95 % interval {interval(found)}, Welch): {finding}, {p_in_words(p_value)}{adjusted}{end}"
 
 
 def summary(study: Study) -> dict[str, Any]:

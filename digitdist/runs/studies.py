@@ -20,7 +20,7 @@ def seed_folder(study: Path, seed: int) -> Path:
 def seeds_in(study: Path) -> dict[int, Path]:
     """The runs of a study by their seeds, in order; empty where `study` is none."""
     found = {}
-    for file in study.glob(f"{SEED}*/{CONFIG}"):
+    for file in study.glob(f"{SEED}*/{CONFIG}") if os.path.isdir(study) else ():  # a name may be too long for any folder
         digits = file.parent.name.removeprefix(SEED)
         if digits.isdecimal() and digits == str(int(digits)):
             found[int(digits)] = file.parent
@@ -29,7 +29,8 @@ def seeds_in(study: Path) -> dict[int, Path]:
 
 def studies_in(folder: Path) -> list[Path]:
     """The studies in a folder, such as the combinations of a grid."""
-    return [path for path in sorted({file.parent.parent for file in folder.glob(f"*/{SEED}*/{CONFIG}")}) if seeds_in(path)]
+    files = folder.glob(f"*/{SEED}*/{CONFIG}") if os.path.isdir(folder) else ()
+    return [path for path in sorted({file.parent.parent for file in files}) if seeds_in(path)]
 
 
 def has_result(run: Path) -> bool:

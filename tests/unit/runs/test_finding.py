@@ -68,3 +68,9 @@ def test_what_is_no_run_or_no_study_is_told_with_what_there_is(tmp_path: Path, m
     for find in (find_run, find_run_or_study, runs_of):
         with pytest.raises(UserError, match=r"g/optim.lr=0.1 \(a study\), new \(a study\), one, s \(a study\)"):
             find("another")
+
+
+def test_a_name_too_long_for_a_folder_is_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no run of that folder or name"):
+        runs_of("x" * 300)
