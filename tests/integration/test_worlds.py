@@ -51,17 +51,15 @@ def test_gradients_and_rounds_are_those_of_the_reference(mnist_root: Path, world
 
 @pytest.mark.slow
 def test_losses_agree_across_world_sizes_without_dropout(place: Path):
-    options = ("model.target=nodropout.Net", "train.max_steps=100", "train.log_every=1")
-    (place / "nodropout.py").write_text(
-        "from digitdist.models import Cnn\nclass Net(Cnn):\n  def __init__(self):\n    super().__init__()\n"
-        "    self.channel_dropout.p = self.dropout.p = 0.0\n"
-    )
-    env = {"PYTHONPATH": str(place)}
+    """Of a network without maxima, whose choice rounding may change, which training then amplifies."""
+    options = ("model.target=helpers.networks.Smooth", "train.max_steps=100", "train.log_every=1")
+    env = {"PYTHONPATH": str(ROOT / "tests")}
     assert python(*TRAIN, *options, "run.name=w1", cwd=place, env=env).code == 0
     assert torchrun(3, *TRAIN, *options, "run.name=w3", "train.accumulate=2", cwd=place, env=env).code == 0
     losses = [[e["train/loss"] for e in events(place / f"runs/{n}") if "train/loss" in e] for n in ("w1", "w3")]
     assert len(losses[0]) == 100
-    assert np.abs(np.subtract(*losses)).max() < 1e-4
+    assert losses[0][-1] < losses[0][0] / 2
+    assert np.abs(np.subtract(*losses)).max() < 1e-5
 
 
 @pytest.mark.slow

@@ -107,7 +107,7 @@ def test_a_file_that_predicts_otherwise_than_the_mean_is_not_kept(place: Path, m
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["a", "b", "--format", "safetensors"], "--format safetensors holds the weights of one run; export each by itself, or"),
+        (["a", "b", "--format", "safetensors"], "--format safetensors is of one run alone; export each by itself, or"),
         (["a", "d", "--format", "onnx"], "d: no run of that folder or name"),
         (["a", "b", "--format", "torch", "--checkpoint", "7"], "step-000000007"),
         (["a", "b", "--format", "torch", "--output", "runs"], "--output runs: is a folder"),
