@@ -5,7 +5,7 @@ To add a key, add a field to `schema.py`, nothing else.
 
 from digitdist.config.checks import expand_user, nearest_folder
 from digitdist.config.command_line import Parser
-from digitdist.config.keys import KEYS, as_dict, describe_keys, result_changes
+from digitdist.config.keys import ENDS, KEYS, as_dict, describe_keys, result_changes
 from digitdist.config.overrides import as_overrides
 from digitdist.config.reading import (
     dump_config,
@@ -30,6 +30,7 @@ from digitdist.config.targets import import_target
 from digitdist.config.values import printable, shown
 
 __all__ = [
+    "ENDS",
     "KEYS",
     "AugmentConfig",
     "Config",

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from digitdist.config.schema import Config
 
+ENDS = ("train.epochs", "train.max_steps", "train.patience")  # by which a training ends; they may change when it is resumed
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 

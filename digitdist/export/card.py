@@ -18,7 +18,7 @@ from torch import nn
 
 import digitdist
 from digitdist.checkpoint import Checkpoint, weights_sha256
-from digitdist.config import KEYS, as_overrides, printable, shown
+from digitdist.config import ENDS, KEYS, as_overrides, printable, shown
 from digitdist.data import DATA_SETS
 from digitdist.evaluate import Evaluation, calibration, wilson_interval
 from digitdist.model_state import model_state
@@ -30,7 +30,6 @@ HUB_DATA_SETS = {
     "svhn": "ufldl-stanford/svhn",
     "cifar10": "uoft-cs/cifar10",
 }
-ENDS = ("train.epochs", "train.eval_every", "train.patience")  # beside the number of steps, where a training ends
 NUM_BINS, NUM_PAIRS = 10, 10  # of the calibration; confusions that are named
 MAX_CLASSES = 20  # of a matrix of confusions
 MAX_NAMES = 100  # of classes that are listed
@@ -161,7 +160,9 @@ def _command(run: StoredRun, stored: Checkpoint) -> str:
     """The command line that trains the weights in `stored` again, for a shell; a folder of the user's is ``DIR``."""
     config, size = run.config, _world_size(stored)
     fixed = {"train.precision": run.trained_precision(stored), "train.max_steps": stored.step}
-    names = [name for name, key in KEYS.items() if key.alters_result_in(config.sync.mode) or name in ENDS]
+    names = [
+        name for name, key in KEYS.items() if key.alters_result_in(config.sync.mode) or name in (*ENDS, "train.eval_every")
+    ]
     overrides = as_overrides(config, (name for name in names if name not in fixed))
     place = [] if config.data.target is None and config.data.name in DATA_SETS else ["data.root=DIR"]
     launcher = ["accelerate", "launch", *(["--multi_gpu", "--num_processes", str(size)] if size > 1 else [])]

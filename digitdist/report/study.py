@@ -12,12 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from digitdist.config import KEYS, shown
+from digitdist.config import ENDS, KEYS, shown
 from digitdist.evaluate import SIGNIFICANT, Difference, Mean, holm, mean_interval, p_in_words, welch
 from digitdist.report.record import Record, read_record
 from digitdist.runs import seeds_in
 
-LENGTHS = ("train.epochs", "train.max_steps")  # which alter a result too, but may be raised when a run is resumed
 COLUMNS = ("mean", "deviation", "95 % interval", "least", "greatest", "train_seconds")
 
 
@@ -147,7 +146,7 @@ def differing(settings: Sequence[dict[str, Any]]) -> list[str]:
 def _settings(record: Record) -> dict[str, Any]:
     """What of a run's configuration alters its result, but for the seed."""
     mode = str(record.config.get("sync.mode", "ddp"))
-    altering = {name for name, key in KEYS.items() if key.alters_result_in(mode)} - {"seed", "train.precision"} | {*LENGTHS}
+    altering = {name for name, key in KEYS.items() if key.alters_result_in(mode)} - {"seed", "train.precision"} | {*ENDS}
     mappings = ("model.args.", "data.args.")
     return {name: value for name, value in record.config.items() if name in altering or name.startswith(mappings)}
 

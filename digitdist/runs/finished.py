@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 
 from digitdist.checkpoint import Checkpoint, UnreadableCheckpoint, newest_good, weights_sha256
-from digitdist.config import KEYS, Config, as_dict, read_stored_config
+from digitdist.config import ENDS, KEYS, Config, as_dict, read_stored_config
 from digitdist.errors import in_one_line
 from digitdist.files import MIB, parse_json, read_plain
 from digitdist.runs.folder import CONFIG, PREDICTIONS, RESULT
 from digitdist.runs.metrics import METRICS, read_metrics
 
 LARGEST_PREDICTIONS = 1024 * MIB
-LENGTHS = ("train.epochs", "train.max_steps")
 
 
 def is_trained(folder: Path, config: Config) -> bool:
@@ -28,7 +27,7 @@ def is_trained(folder: Path, config: Config) -> bool:
     """
     stored, mistakes = read_stored_config(folder / CONFIG)
     before, wanted = as_dict(stored), as_dict(config)
-    altering = [name for name, key in KEYS.items() if key.alters_result_in(config.sync.mode) or name in LENGTHS]
+    altering = [name for name, key in KEYS.items() if key.alters_result_in(config.sync.mode) or name in ENDS]
     if mistakes or any(before[name] != wanted[name] for name in altering):
         return False
     try:

@@ -21,6 +21,16 @@ def test_each_seed_is_a_run_of_the_trainers_own_command():
     assert not trainings[0].is_done
 
 
+@pytest.mark.parametrize("end", ["train.epochs=1", "train.max_steps=9", "train.patience=4"])
+def test_a_run_that_is_to_end_elsewhere_is_not_done(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, end: str):
+    held_out = "data.validation=5000"
+    make_run(tmp_path / "seed-0", 900, options=[held_out])
+    monkeypatch.setattr("digitdist.runs.finished.newest_good", lambda *_: object())
+    monkeypatch.setattr("digitdist.runs.finished.is_finished", lambda *_: True)
+    ((same,), (other,)) = (plan_study(tmp_path, 1, [], [held_out, *more]) for more in ([], [end]))
+    assert (same.is_done, other.is_done) == (True, False)
+
+
 def test_what_the_user_says_of_wandb_and_pages_wins():
     options = ["tracking.group=g", "tracking.name=n", "run.report=true"]
     (training,) = plan_study(Path("runs/mine"), 1, [], options)
