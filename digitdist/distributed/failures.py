@@ -83,7 +83,7 @@ def wait_for_others(heartbeat: Heartbeat, timeout_s: float) -> FailedRank | None
     """
     frozen_s = 0.0
     while True:
-        others = [beat for beat in heartbeat.beats() if beat.rank != heartbeat.rank]
+        others = heartbeat.others()
         if any(map(has_failed, others)) or frozen_s > timeout_s:
             return find_failed_rank(heartbeat)
         is_one_frozen = any(_is_frozen(beat.pid) for beat in others)

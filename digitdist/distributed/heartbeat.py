@@ -99,6 +99,10 @@ class Heartbeat:
         """The ranks of this host."""
         return [beat for beat in read_beats(self._map) if beat.host == self.host]
 
+    def others(self) -> list[Beat]:
+        """The ranks of this host but for this one."""
+        return [beat for beat in self.beats() if beat.rank != self.rank]
+
     def write_reached(self) -> None:
         """Writes what this rank's device has reached; another thread than that of `phase` may call it."""
         if self.progress:

@@ -67,6 +67,5 @@ class PeerWatch:
         position = (self.heartbeat.position, self.heartbeat.turns, id(frame), frame and frame.f_lasti)
         self._waiting_s = self._waiting_s + seconds if position == self._position else 0.0
         self._position = position
-        others = [beat for beat in self.heartbeat.beats() if beat.rank != self.heartbeat.rank]
-        self._failed_s = self._failed_s + seconds if any(map(has_failed, others)) else 0.0
+        self._failed_s = self._failed_s + seconds if any(map(has_failed, self.heartbeat.others())) else 0.0
         return self._failed_s > MAIN_FIRST_S or self._waiting_s > self.timeout_s + MAIN_FIRST_S

@@ -8,7 +8,7 @@ from digitdist.evaluate.evaluating import chunked_loader, evaluate
 from digitdist.evaluate.means import Difference, Mean, mean_interval, welch
 from digitdist.evaluate.result import Evaluation, load_predictions, save_predictions
 from digitdist.evaluate.saved import SavedPredictions, saved_predictions
-from digitdist.evaluate.statistics import SIGNIFICANT, calibration, holm, mcnemar, p_in_words, wilson_interval
+from digitdist.evaluate.statistics import SIGNIFICANT, calibration, holm, mcnemar, p_in_words, share_in_words, wilson_interval
 
 __all__ = [
     "SIGNIFICANT",
@@ -27,6 +27,7 @@ __all__ = [
     "p_in_words",
     "save_predictions",
     "saved_predictions",
+    "share_in_words",
     "welch",
     "wilson_interval",
 ]

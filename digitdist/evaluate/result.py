@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from digitdist.evaluate.statistics import wilson_interval
+from digitdist.evaluate.statistics import share_in_words
 from digitdist.files import MIB, atomic_write, read_plain
 
 MAX_PACKED, MAX_UNPACKED = 256 * MIB, 1024 * MIB  # bytes of predictions
@@ -68,11 +68,8 @@ class Evaluation:
         return {f"{split}/{name}": value for name, value in values.items()}
 
     def __str__(self) -> str:
-        low, high = wilson_interval(self.correct, self.total)
-        return (
-            f"{self.correct:,}/{self.total:,} correct = {100 * self.accuracy:.2f} %"
-            f" (95 % interval {100 * low:.2f} to {100 * high:.2f} %), loss {self.mean_loss:.4f}"
-        )
+        share = share_in_words(self.correct, self.total)
+        return f"{self.correct:,}/{self.total:,} correct = {share}, loss {self.mean_loss:.4f}"
 
 
 def save_predictions(result: Evaluation, file: Path) -> None:

@@ -20,6 +20,12 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     return centre - half, centre + half
 
 
+def share_in_words(correct: int, total: int) -> str:
+    """An accuracy in percent, with its 95 % interval."""
+    low, high = wilson_interval(correct, total)
+    return f"{100 * correct / total:.2f} % (95 % interval {100 * low:.2f} to {100 * high:.2f} %)"
+
+
 @dataclass(frozen=True)
 class Calibration:
     """Each bin's number of images, mean probability and accuracy (NaN where it has none), and the expected error."""

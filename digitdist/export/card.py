@@ -20,7 +20,7 @@ import digitdist
 from digitdist.checkpoint import Checkpoint, weights_sha256
 from digitdist.config import ENDS, KEYS, as_overrides, printable, shown
 from digitdist.data import DATA_SETS
-from digitdist.evaluate import Evaluation, calibration, wilson_interval
+from digitdist.evaluate import Evaluation, calibration, share_in_words, wilson_interval
 from digitdist.model_state import model_state
 from digitdist.runs import StoredRun
 
@@ -56,7 +56,7 @@ def card_text(run: StoredRun, stored: Checkpoint, network: nn.Module, result: Ev
         version=Plain(digitdist.__version__),
         target=config.model.target,
         result=result,
-        accuracy=Plain(percent(result)),
+        accuracy=Plain(share_in_words(result.correct, result.total)),
         **_calibration(result),
         **_confusion(info.classes, result),
         step=stored.step,
@@ -74,12 +74,6 @@ def card_text(run: StoredRun, stored: Checkpoint, network: nn.Module, result: Ev
 def markdown(text: object) -> str:
     """`text` as itself in a line of Markdown: all punctuation is escaped, so that nothing in it is a link, HTML or a cell."""
     return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", printable(str(text)))
-
-
-def percent(result: Evaluation) -> str:
-    """The accuracy in percent with its 95 % interval."""
-    low, high = wilson_interval(result.correct, result.total)
-    return f"{100 * result.accuracy:.2f} % (95 % interval {100 * low:.2f} to {100 * high:.2f} %)"
 
 
 @cache
@@ -115,7 +109,7 @@ def _metadata(run: StoredRun, result: Evaluation, licence: str) -> str:
         dataset_split="test",
         metric_type="accuracy",
         metric_value=result.accuracy,
-        metric_name=f"Accuracy, {percent(result)}",
+        metric_name=f"Accuracy, {share_in_words(result.correct, result.total)}",
         metric_args={"correct": result.correct, "total": result.total, "interval_95": interval},
     )
     data = ModelCardData(

@@ -14,9 +14,9 @@ from torch import Tensor
 from digitdist.checkpoint import weights_sha256
 from digitdist.data import AnySet, load_splits
 from digitdist.errors import UserError, in_one_line
-from digitdist.evaluate import Evaluation, saved_predictions
-from digitdist.export.card import card_text, percent
-from digitdist.export.parity import compare
+from digitdist.evaluate import Evaluation, saved_predictions, share_in_words
+from digitdist.export.card import card_text
+from digitdist.export.parity import agreement, compare
 from digitdist.files import sync, write_synced
 from digitdist.loading import CARD_FILES, TrainedModel, card_content, load_folder
 from digitdist.model_state import model_state
@@ -78,8 +78,8 @@ def export_card(run: StoredRun, which: str, folder: Path, licence: str) -> str:
     saved = saved_predictions(run, weights_sha256(model_state(network)))
     lines = [
         f"{run.folder} at step {stored.step:,}, {run.info.name} test: {result.correct:,}/{result.total:,} correct ="
-        f" {percent(result)}, in {run.precision(stored, 'cpu')}",
-        f"{folder}: the same prediction on all {result.total:,} images, largest difference of a probability {difference:.2g}",
+        f" {share_in_words(result.correct, result.total)}, in {run.precision(stored, 'cpu')}",
+        agreement(folder, result.total, difference),
         *([saved.compare(result.index, result.prediction)] if saved else []),
     ]
     return "\n".join(lines)

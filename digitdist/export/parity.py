@@ -79,7 +79,12 @@ def write_checked(
         raise UserError(f"{file}: {error.strerror or in_one_line(error)}; make room, or give another --output") from None
     finally:
         temporary.unlink(missing_ok=True)
-    return f"{file}: the same prediction on all {len(test):,} images, largest difference of a probability {difference:.2g}"
+    return agreement(file, len(test), difference)
+
+
+def agreement(place: Path, total: int, difference: float) -> str:
+    """That what was exported to `place` predicts `total` images alike, with this largest `difference` of a probability."""
+    return f"{place}: the same prediction on all {total:,} images, largest difference of a probability {difference:.2g}"
 
 
 def counted(correct: int, total: int) -> str:

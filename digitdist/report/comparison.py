@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from digitdist.evaluate import SIGNIFICANT, holm, mcnemar, p_in_words
-from digitdist.report.page import draw, percent, plain, rate, score, write_page
+from digitdist.evaluate import SIGNIFICANT, holm, mcnemar, p_in_words, share_in_words
+from digitdist.report.page import draw, percent, plain, rate, write_page
 from digitdist.report.plots import STYLE, plot_curves
 from digitdist.report.record import Record, read_record
 
@@ -103,7 +103,7 @@ def _result(record: Record, name: str) -> tuple[str, ...]:
     correct, total = result["test_correct"], result["test_total"]
     return (
         name,
-        f"{correct:,}/{total:,} = {score(correct, total)}",
+        f"{correct:,}/{total:,} = {share_in_words(correct, total)}",
         f"{result['test_loss']:.4f}",
         f"{result['steps']:,}",
         str(result["world_size"]),

@@ -15,7 +15,6 @@ import jinja2
 
 from digitdist.config import KEYS
 from digitdist.errors import UserError, in_one_line
-from digitdist.evaluate import wilson_interval
 from digitdist.files import atomic_write
 from digitdist.report.plots import Plot
 
@@ -76,11 +75,6 @@ def write_page(file: Path, template: str, **values: Any) -> None:
 
 def percent(correct: int, total: int) -> str:
     return f"{100 * correct / total:.2f} %" if total else "none"
-
-
-def score(correct: int, total: int) -> str:
-    low, high = wilson_interval(correct, total)
-    return f"{percent(correct, total)} (95 % interval {100 * low:.2f} to {100 * high:.2f} %)"
 
 
 def rate(result: dict[str, Any]) -> str:

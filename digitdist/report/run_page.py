@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from digitdist.config import shown
-from digitdist.report.page import draw, percent, rate, score, setting, write_page
+from digitdist.evaluate import share_in_words
+from digitdist.report.page import draw, percent, rate, setting, write_page
 from digitdist.report.plots import STYLE, Plot, plot_calibration, plot_confusion, plot_curves, plot_mistakes, plot_throughput
 from digitdist.report.record import Record, read_record
 
@@ -61,7 +62,7 @@ def _result(record: Record) -> dict[str, Any] | None:
         "training time": f"{result['train_seconds']:.1f} s, {rate(result)} images/s",
         "weights SHA-256": result["weights_sha256"],
     }
-    return {"score": score(result["test_correct"], result["test_total"]), "facts": facts}
+    return {"score": share_in_words(result["test_correct"], result["test_total"]), "facts": facts}
 
 
 def _classes(record: Record) -> list[tuple[str, ...]]:

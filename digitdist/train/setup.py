@@ -45,7 +45,7 @@ class Setup:
     def order(self) -> Order:
         return Order.of_config(self.config, len(self.splits.train))
 
-    @property
+    @cached_property
     def last_step(self) -> int:
         """The step after which the training ends."""
         return self.order.last_step(self.config.train.epochs, self.config.train.max_steps)
