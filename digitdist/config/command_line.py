@@ -31,8 +31,12 @@ class Parser(argparse.ArgumentParser):
         )
         self.add_overrides("configuration, such as data.batch_size=256; wins over the files")
 
-    def add_overrides(self, help: str = "configuration, such as data.root=data") -> None:
+    def add_overrides(self, help: str) -> None:
         self.add_argument("overrides", nargs="*", metavar="key=value", help=help)
+
+    def add_run_overrides(self) -> None:
+        """Adds the ``key=value`` that changes a run's own configuration."""
+        self.add_overrides("configuration, such as data.root=data; trust=true executes the network that a received run names")
 
     def add_run(self) -> None:
         """Adds a run and which of its checkpoints is meant."""

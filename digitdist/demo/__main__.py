@@ -65,7 +65,7 @@ def main() -> None:
         "runs/quick",
     )
     parser.add_run()
-    parser.add_overrides("configuration, such as data.root=data; trust=true executes the network that a received run names")
+    parser.add_run_overrides()
     parser.add_argument("--port", type=int, default=PORT, help=f"of 127.0.0.1; 0 takes any that is free (default: {PORT})")
     arguments = parser.parse_args()
     if read_world().size > 1:

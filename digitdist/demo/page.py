@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from importlib import resources
 
-import jinja2
-
 from digitdist.data import DataSetInfo
 from digitdist.demo.server import MAX_BYTES, Content
+from digitdist.report import html_environment
 
 
 def render_page(title: str, about: str, note: str, info: DataSetInfo, num_neighbours: int) -> dict[str, Content]:
@@ -17,15 +16,10 @@ def render_page(title: str, about: str, note: str, info: DataSetInfo, num_neighb
     training images. Every text is escaped.
     """
     what = "digit" if all(name.isdecimal() and len(name) == 1 for name in info.classes) else "picture"
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("digitdist.demo"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    html = environment.get_template("page.html.j2").render(
-        title=title, about=about, note=note, info=info, num_neighbours=num_neighbours, what=what, max_bytes=MAX_BYTES
+    html = (
+        html_environment("digitdist.demo")
+        .get_template("page.html.j2")
+        .render(title=title, about=about, note=note, info=info, num_neighbours=num_neighbours, what=what, max_bytes=MAX_BYTES)
     )
     files = resources.files("digitdist.demo") / "templates"
     return {

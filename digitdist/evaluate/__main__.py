@@ -34,7 +34,7 @@ def main() -> None:
         "runs/quick --split test",
     )
     parser.add_runs()
-    parser.add_overrides("configuration, such as data.root=data; trust=true executes the network that a received run names")
+    parser.add_run_overrides()
     parser.add_argument("--split", choices=("test", "validation", "train"), default="test")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     arguments = parser.parse_args()

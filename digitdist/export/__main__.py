@@ -49,7 +49,7 @@ def main() -> None:
         "runs/quick --format onnx",
     )
     parser.add_runs()
-    parser.add_overrides("configuration, such as data.root=data; trust=true executes the network that a received run names")
+    parser.add_run_overrides()
     parser.add_argument(
         "--format", required=True, choices=(*FORMATS, CARD), help="safetensors: the weights alone; card: a folder for the Hub"
     )

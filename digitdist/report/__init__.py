@@ -4,6 +4,7 @@ A new plot is a function in `plots.py`, a line in `write_report` and one in ``te
 """
 
 from digitdist.report.comparison import write_comparison
+from digitdist.report.page import html_environment
 from digitdist.report.run_page import write_report
 from digitdist.report.study import (
     COLUMNS,
@@ -25,6 +26,7 @@ __all__ = [
     "as_study",
     "compare",
     "finite",
+    "html_environment",
     "obstacle",
     "read_study",
     "summary",

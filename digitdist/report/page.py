@@ -70,7 +70,8 @@ def write_page(file: Path, template: str, **values: Any) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    atomic_write(file, _environment().get_template(f"{template}.html.j2").render(values).encode(errors="backslashreplace"))
+    environment = html_environment("digitdist.report")
+    atomic_write(file, environment.get_template(f"{template}.html.j2").render(values).encode(errors="backslashreplace"))
 
 
 def percent(correct: int, total: int) -> str:
@@ -93,9 +94,10 @@ def setting(name: str, value: object) -> dict[str, str | None]:
 
 
 @cache
-def _environment() -> jinja2.Environment:
+def html_environment(package: str) -> jinja2.Environment:
+    """Of the templates of a package, in which every text is escaped."""
     return jinja2.Environment(
-        loader=jinja2.PackageLoader("digitdist.report"),
+        loader=jinja2.PackageLoader(package),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
