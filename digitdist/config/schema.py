@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 # Bounds beyond which a number is a slip: what is counted up to them fits into any integer and any time that is kept here.
-MANY, MANY_IMAGES, FAR, HUGE = 10**12, 2**20, 10**9, 1e30
+MANY, MANY_IMAGES, FAR, HUGE, MAX_SEED = 10**12, 2**20, 10**9, 1e30, 2**32 - 1
 
 
 def key(
@@ -59,7 +59,10 @@ class DataConfig:
         le=MANY_IMAGES,
         alters_result=False,
     )
-    validation: int = key(0, "training images held out for choosing; a fixed choice by seed", ge=0, le=MANY)
+    validation: int = key(0, "training images held out for choosing", ge=0, le=MANY)
+    validation_seed: int | None = key(
+        None, "which images are held out: a fixed choice by this number; null: by seed", ge=0, le=MAX_SEED
+    )
     focus: int = key(
         1,
         "passes of each epoch after the first, over images with the highest losses and some others; 1: over all",
@@ -219,7 +222,7 @@ class TrackingConfig:
 class Config:
     """The whole configuration."""
 
-    seed: int = key(0, "the only source of randomness", ge=0, le=2**32 - 1)
+    seed: int = key(0, "the only source of randomness", ge=0, le=MAX_SEED)
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -7,7 +7,7 @@ from digitdist.data.datasets import AnySet, Batch, ImageSet, Share, Splits, Stre
 from digitdist.data.forms import picture_form
 from digitdist.data.info import DATA_SETS, DataSetInfo
 from digitdist.data.loaders import TrainingSampler, evaluation_loader, prepare_loader
-from digitdist.data.loading import known_info, load_splits
+from digitdist.data.loading import held_out_seed, known_info, load_splits
 from digitdist.data.loss_history import LOSS_HISTORY, LossHistory, NullLossHistory
 from digitdist.data.mnist_form import mnist_form
 from digitdist.data.order import Order
@@ -37,6 +37,7 @@ __all__ = [
     "derive_seed",
     "displayable",
     "evaluation_loader",
+    "held_out_seed",
     "known_info",
     "list_pictures",
     "load_splits",

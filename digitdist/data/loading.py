@@ -34,6 +34,11 @@ def known_info(config: DataConfig) -> DataSetInfo | None:
     return DATA_SETS.get(config.name) if config.target is None else None
 
 
+def held_out_seed(config: DataConfig, seed: int) -> int:
+    """The seed by which the held-out images of a run with this `seed` are chosen."""
+    return seed if config.validation_seed is None else config.validation_seed
+
+
 def load_splits(config: DataConfig, seed: int) -> Splits:
     """The configured data set; every process may call it at any time, without a process group.
 
@@ -54,7 +59,7 @@ def load_splits(config: DataConfig, seed: int) -> Splits:
         raise UserError(
             f"data.validation={config.validation} leaves no image to train on; {info.name} takes at most {len(train) - 1}"
         )
-    order = permutation(len(train), seed, "validation")
+    order = permutation(len(train), held_out_seed(config, seed), "validation")
     held_out, rest = order[: config.validation].sort().values, order[config.validation :].sort().values
     return Splits(train.subset(rest) if config.validation else train, train.subset(held_out), test, info)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from digitdist.config import load_config, shown
-from digitdist.data import known_info
+from digitdist.data import held_out_seed, known_info
 from digitdist.errors import UserError
 from digitdist.runs.finding import StoredRun, load_run, runs_of
 
@@ -58,13 +58,15 @@ def check_held_out(runs: Sequence[StoredRun], split: str) -> None:
         if split != "test" and _held_out(run) != _held_out(first):
             raise UserError(
                 f"--split {split} is not possible: {first.folder} ({_held_out(first)}) and {run.folder} ({_held_out(run)}) hold"
-                " out different images, so one was trained on what the other was not; evaluate them on --split test"
+                " out different images, so one was trained on what the other was not; evaluate them on --split test, or train"
+                " them with one data.validation_seed"
             )
 
 
 def _held_out(run: StoredRun) -> str:
-    validation = run.config.data.validation
-    return f"data.validation={validation}" + (f" seed={run.config.seed}" if validation else "")
+    data = run.config.data
+    chosen = f" by seed {held_out_seed(data, run.config.seed)}" if data.validation else ""
+    return f"data.validation={data.validation}{chosen}"
 
 
 def _run_dir(overrides: Sequence[str]) -> str:

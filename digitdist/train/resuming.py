@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from digitdist.checkpoint import Checkpoint
+from digitdist.config import as_dict
 from digitdist.data import LOSS_HISTORY
 from digitdist.distributed import generators_kept
 from digitdist.errors import UserError, in_one_line
@@ -17,8 +18,6 @@ from digitdist.optim import build_optimizer, learning_rate, state_tensors
 from digitdist.runs import CHANGE_ADVICE
 from digitdist.sync import OF_A_RANK
 from digitdist.train.setup import Setup
-
-OF_IMAGES = ("seed", "data.validation")  # which images are held out
 
 
 def fitting(setup: Setup, stored: Checkpoint) -> tuple[Checkpoint, list[str]]:
@@ -109,11 +108,17 @@ def _images(setup: Setup, stored: Checkpoint) -> tuple[set[str], list[str]]:
     if setup.config.data.focus > 1 and (others or known != int(setup.splits.train.indices.max()) + 1):
         drop.add(LOSS_HISTORY)
         lines.append("no losses of these images are stored; those of data.focus start fresh")
-    now: dict[str, Any] = {"seed": setup.config.seed, "data.validation": setup.config.data.validation}
-    if stored.state.get("best") and (others or any(was.get(name, now[name]) != now[name] for name in OF_IMAGES)):
+    now = as_dict(setup.config)
+    if stored.state.get("best") and (others or _held_out(now | was) != _held_out(now)):
         drop.add("best")
         lines.append("the best evaluation was on other held-out images; it starts fresh")
     return drop, lines
+
+
+def _held_out(config: dict[str, Any]) -> tuple[int, int]:
+    """How many images are held out, and the seed by which they are chosen."""
+    own = config["data.validation_seed"]
+    return config["data.validation"], config["seed"] if own is None else own
 
 
 def _scale(setup: Setup, stored: Checkpoint) -> tuple[set[str], list[str]]:

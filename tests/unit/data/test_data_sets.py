@@ -212,6 +212,8 @@ def test_held_out_images_are_a_fixed_choice_and_not_trained_on(mnist_root: Path)
     first, again, other = load_splits(held, 0), load_splits(held, 0), load_splits(held, 1)
     assert torch.equal(first.validation.indices, again.validation.indices)
     assert not torch.equal(first.validation.indices, other.validation.indices)
+    fixed = load_splits(config(mnist_root, "data.validation=5000", "data.validation_seed=1"), 0)
+    assert torch.equal(fixed.validation.indices, other.validation.indices)
     together = torch.cat([first.train.indices, first.validation.indices])
     assert torch.equal(together.sort().values, torch.arange(60000))
     with pytest.raises(UserError, match="59999"):

@@ -108,18 +108,21 @@ def test_held_out_images_must_be_the_same_for_all():
         ("b", "seed=2"),
         ("c", "seed=1", "data.validation=9"),
         ("d", "data.validation=9"),
+        ("e", "seed=5", "data.validation=9", "data.validation_seed=1"),
     ):
         made(Path("runs") / name, *overrides)
-    a, b, c, d = load_runs(["a", "b", "c", "d"], [])
+    a, b, c, d, e = load_runs(["a", "b", "c", "d", "e"], [])
     for split in ("test", "train", "validation"):
         check_held_out([a, b], split)
     check_held_out([a, b, c, d], "test")
     with pytest.raises(UserError, match=r"--split train is not possible: runs/a \(data.validation=0\) and runs/c \(data.val"):
         check_held_out([a, c], "train")
     with pytest.raises(
-        UserError, match=r"runs/c \(data.validation=9 seed=1\) and runs/d \(data.validation=9 seed=0\) hold out"
+        UserError, match=r"runs/c \(data.validation=9 by seed 1\) and runs/d \(data.validation=9 by seed 0\) hold out"
     ):
         check_held_out([c, d], "validation")
+    for split in ("train", "validation"):
+        check_held_out([c, e], split)
 
 
 def test_a_received_run_stays_data_beside_runs_of_ones_own():

@@ -45,6 +45,12 @@ def files(folder: Path) -> dict[str, str]:
         ((), ("sync.mode=exact", "data.batch_size=16"), []),
         (("sync.mode=exact",), ("sync.mode=ddp", "optim.name=sgd", "optim.ema=0.5"), ["optim.name=sgd", "optim.ema=0.5"]),
         (("data.validation=9",), ("data.validation=5",), ["the best evaluation was on other held-out images"]),
+        (
+            ("data.validation=9",),
+            ("data.validation=9", "data.validation_seed=1"),
+            ["the best evaluation was on other held-out"],
+        ),
+        (("data.validation=9",), ("data.validation=9", "data.validation_seed=0"), []),
     ],
 )
 def test_what_fits_is_taken_over_and_the_rest_starts_fresh_and_is_said(
