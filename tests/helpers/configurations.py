@@ -307,20 +307,21 @@ def random_configuration(random: random.Random, folder: Path) -> Configuration:
             broken.append(str(file))
         for name, written in chosen.items():
             raw[name] = _merged(KEYS[name], raw.get(name, {}), meaning(KEYS[name], written, in_file=True))
-    overrides = []
+    overrides, unreadable = [], set()  # which no later value mends
     for name in random.choices([*KEYS], k=random.choice((0, 1, 1, 2, 3)) if files else random.choice((1, 2, 3))):
         written = _written(KEYS[name], random)
         overrides.append(f"{name}={written.text}")
-        raw_breaks = KEYS[name].kind in ("a list of texts", "a mapping") and NOT_IN_YAML.search(written.text)
-        plain = Written(written.text, value=WRONG if raw_breaks else written.value)
+        if KEYS[name].kind in ("a list of texts", "a mapping") and NOT_IN_YAML.search(written.text):
+            unreadable.add(name)
+        plain = Written(written.text, value=written.value)
         raw[name] = _merged(KEYS[name], raw.get(name, {}), meaning(KEYS[name], plain, in_file=False))
-    wrong = {name for name, value in raw.items() if value is WRONG}
+    wrong = unreadable | {name for name, value in raw.items() if value is WRONG}
     return Configuration(files, overrides, {name: key.default for name, key in KEYS.items()} | raw, wrong, broken)
 
 
 def _merged(key: Key, old: Any, new: Any) -> Any:
     if key.kind != "a mapping" or new is WRONG or old is WRONG or not new:
-        return WRONG if key.kind == "a mapping" and old is WRONG and new else new
+        return new
     both = {
         name for name in old.keys() & new.keys() if isinstance(old[name], dict) and isinstance(new[name], dict) and new[name]
     }
