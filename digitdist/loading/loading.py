@@ -53,17 +53,15 @@ def _load_run(folder: Path, checkpoint: str, trust: bool) -> TrainedModel:
 
 
 def _load_from_hub(name: str, trust: bool) -> TrainedModel:
-    """The model of a repository, whose files the Hub's own library keeps in its cache."""
-    from huggingface_hub import hf_hub_download
+    """The model of a repository, all of whose files are of one commit; the Hub's own library keeps them in its cache."""
+    from huggingface_hub import snapshot_download
     from huggingface_hub.utils import disable_progress_bars
 
-    def read(file: str) -> bytes:
-        try:
-            path = hf_hub_download(name, file, library_name="digitdist")
-        except Exception as error:  # of the Hub's, the network's or the disk's
-            reason = in_one_line(error)[:300]
-            raise UserError(f"{name}: nothing of that name is here, and the Hub gives no {file}: {reason}") from None
-        return read_plain(Path(path).resolve(), CARD_FILES[file])  # the cache names its files by links
-
     disable_progress_bars()
-    return load_folder(Path(name), trust, read)
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=[*CARD_FILES], library_name="digitdist"))
+    except Exception as error:  # of the Hub's, the network's or the disk's
+        reason = in_one_line(error)[:300]
+        raise UserError(f"{name}: nothing of that name is here, and the Hub does not give it: {reason}") from None
+    # The cache names its files by links.
+    return load_folder(Path(name), trust, lambda file: read_plain((folder / file).resolve(), CARD_FILES[file]))

@@ -39,6 +39,7 @@ from digitdist.runs.finished import is_finished
 from digitdist.runs.folder import CONFIG, DATA_SET, LOCK, PREDICTIONS, RESULT, Run
 from digitdist.runs.metrics import truncate_metrics
 from digitdist.runs.origin import mark_run
+from digitdist.runs.studies import seeds_in, studies_in
 from digitdist.world import print_main
 
 PLACES = ("run.dir", "run.name", "checkpoint.resume")  # where a run was trained and began; it may lie elsewhere now
@@ -72,6 +73,8 @@ def open_run(config: Config, plan: Plan, splits: Splits, ending: Ending, launche
     """
     runs = Path(config.run.dir)
     name = config.run.name or run_of_launchers(runs, launchers)
+    if name and not (runs / name / CONFIG).is_file() and (seeds_in(runs / name) or studies_in(runs / name)):
+        raise UserError(f"{runs / name} is a study, a folder of runs; give another run.name")
     is_new, lock, folder = not name or not (runs / name).exists(), None, runs
     try:
         folder = runs / name if name else _make_folder_named_by_time(runs)

@@ -98,6 +98,9 @@ class HubServer:
                     repository.files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
             repository.commits += 1
             return _json({"commitUrl": f"{self.url}/{name}/commit/{COMMIT}", "commitOid": COMMIT, "success": True})
+        if what.startswith("/tree/"):
+            files = repository.files.items()
+            return _json([{"type": "file", "path": f, "size": len(c), "oid": hashlib.sha1(c).hexdigest()} for f, c in files])
         siblings = [{"rfilename": file} for file in repository.files]
         return _json(
             {"id": name, "modelId": name, "private": repository.private, "sha": COMMIT, "siblings": siblings, "tags": []}

@@ -15,7 +15,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from helpers.hub_server import TOKEN, HubServer
+from helpers.hub_server import COMMIT, TOKEN, HubServer
 from helpers.launching import QUIET, accelerate, python
 from helpers.runs import result
 from helpers.stored_runs import made_run
@@ -284,6 +284,8 @@ def test_what_one_has_sent_another_loads(place: Path, hub: HubServer, tmp_path: 
     code = "import digitdist, numpy; m = digitdist.load('me/digits'); print(m.predict(numpy.zeros((3, 28, 28), 'uint8')).shape)"
     loaded = python("-c", code, cwd=tmp_path, env=env)
     assert (loaded.code, loaded.out) == (0, "(3,)\n"), loaded.err
+    resolved = [request for request in hub.requests if "/resolve/" in request]
+    assert len(resolved) >= 4 and all(f"/resolve/{COMMIT}/" in request for request in resolved)  # not "main", which may move
     gone = python("-c", "import digitdist; digitdist.load('me/gone')", cwd=tmp_path, env=env)
     assert gone.err.splitlines()[-1].startswith(
         "digitdist.errors.UserError: me/gone: nothing of that name is here, and the Hub"

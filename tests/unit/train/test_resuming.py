@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from accelerate import Accelerator
+from helpers.made_up_runs import make_run
 from helpers.resume_worker import CHANGED, NOT_TRIED
 from helpers.runs import events, result
 from helpers.short_runs import train
@@ -157,3 +158,12 @@ def test_a_checkpoint_of_somebody_elses_whose_state_is_not_whole_is_refused_in_a
     with pytest.raises(UserError, match=f"its state lacks {lacking}, so that no training goes on from it"):
         train(alone, str(mnist_root), [*COMMON, f"run.dir={tmp_path}", "run.name=own", f"checkpoint.resume={folder}"])
     assert not (tmp_path / "own").exists()
+
+
+@pytest.mark.parametrize("inner", ["seed-0", "optim.lr=0.1/seed-3"])
+def test_a_study_is_no_run_and_stays_as_it_is(alone: Accelerator, tmp_path: Path, mnist_root: Path, inner: str):
+    make_run(tmp_path / "mine" / inner, 900)
+    before = files(tmp_path)
+    with pytest.raises(UserError, match=r"mine is a study, a folder of runs; give another run\.name"):
+        train(alone, str(mnist_root), [*COMMON, f"run.dir={tmp_path}", "run.name=mine", "checkpoint.resume=never"])
+    assert files(tmp_path) == before
