@@ -7,6 +7,7 @@ import pty
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +44,20 @@ def python(*arguments: str, cwd: Path, env: dict[str, str] | None = None, timeou
 def torchrun(processes: int, *arguments: str, cwd: Path, env: dict[str, str] | None = None, timeout: float = 100) -> Outcome:
     command = [str(BIN / "torchrun"), "--nproc_per_node", str(processes), *arguments]
     return run(command, cwd=cwd, env=env, timeout=timeout)
+
+
+def worlds(
+    sizes: Sequence[int], module: str, *arguments: str, cwd: Path, env: dict[str, str] | None = None, timeout: float = 100
+) -> dict[int, Outcome]:
+    """Runs a worker of tests on a world of each size, without a launcher: see `helpers.ranks`."""
+    path = {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
+    with tempfile.TemporaryDirectory() as streams:
+        command = ("-m", "helpers.ranks", streams, ",".join(map(str, sizes)), module, *arguments)
+        done = python(*command, cwd=cwd, env=path | (env or {}), timeout=timeout)
+        printed = {size: [(Path(streams) / f"{size}.{name}") for name in ("out", "err")] for size in sizes}
+        texts = {size: [file.read_text() if file.exists() else "" for file in files] for size, files in printed.items()}
+    assert done.code == 0, (done.err, texts)
+    return {size: Outcome(done.code, *texts[size]) for size in sizes}
 
 
 def accelerate(*arguments: str, cwd: Path, env: dict[str, str] | None = None, timeout: float = 100) -> Outcome:

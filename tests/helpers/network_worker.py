@@ -90,6 +90,7 @@ def main() -> None:
     root, folder, *cases = sys.argv[1:]
     config = load_config((), [f"data.root={root}", "train.threads=1"])
     accelerator = start_accelerator(config, make_plan(config))
+    folder = f"{folder}/runs-{accelerator.num_processes}"
     warnings.simplefilter("ignore")
     pytest.MonkeyPatch().setattr("digitdist.train.setup.load_splits", lambda *_: few_images())
     found: dict[str, Any] = {}
