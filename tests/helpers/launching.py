@@ -50,10 +50,10 @@ def worlds(
     sizes: Sequence[int], module: str, *arguments: str, cwd: Path, env: dict[str, str] | None = None, timeout: float = 100
 ) -> dict[int, Outcome]:
     """Runs a worker of tests on a world of each size, without a launcher: see `helpers.ranks`."""
-    path = {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
+    own = {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))), "OMP_NUM_THREADS": "1"}  # as torchrun sets it
     with tempfile.TemporaryDirectory() as streams:
         command = ("-m", "helpers.ranks", streams, ",".join(map(str, sizes)), module, *arguments)
-        done = python(*command, cwd=cwd, env=path | (env or {}), timeout=timeout)
+        done = python(*command, cwd=cwd, env=own | (env or {}), timeout=timeout)
         printed = {size: [(Path(streams) / f"{size}.{name}") for name in ("out", "err")] for size in sizes}
         texts = {size: [file.read_text() if file.exists() else "" for file in files] for size, files in printed.items()}
     assert done.code == 0, (done.err, texts)

@@ -1,4 +1,4 @@
-"""Worlds whose ranks are forks of one process that has imported torch, which takes each process seconds where torchrun starts it.
+"""Worlds whose ranks are forks of one process that has imported torch, which takes seconds of each that torchrun starts.
 
     python -m helpers.ranks PLACE SIZES MODULE [ARGS...]
 
@@ -21,7 +21,7 @@ import accelerate  # noqa: F401
 import omegaconf  # noqa: F401
 import PIL.Image  # noqa: F401
 import pytest  # noqa: F401
-import torch._dynamo  # noqa: F401  # which the first optimizer imports
+import torch  # noqa: F401
 
 
 def become_rank(rank: int, size: int, port: int, streams: Path, command: list[str]) -> None:

@@ -46,7 +46,7 @@ REFUSED_IN_EXACT = {
 
 
 def check(one: dict[str, Any], two: dict[str, Any]) -> None:
-    """One process has trained exact runs without a break; two have resumed them in their middle."""
+    """One process has trained without a break; two have resumed their runs in the middle."""
     for case in one:
         name, mode, *more = case.split(":")
         reason = REFUSED.get(name) or (REFUSED_IN_EXACT.get(name) if mode == "exact" else None)
