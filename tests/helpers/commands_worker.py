@@ -1,4 +1,4 @@
-"""Run by the tests in gpu/: several commands in one process, each as ``python -m`` runs it.
+"""Run by tests: several commands in one process, each as ``python -m`` runs it.
 
     python -m helpers.commands_worker COMMANDS.json
 

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from digitdist.checkpoint import weights_sha256
 from digitdist.config import load_config
 from digitdist.data import Batch, Splits, load_splits
-from digitdist.distributed import Heartbeat, run_command, run_on_main, start_accelerator
+from digitdist.distributed import Heartbeat, run_command, run_on_main, start_accelerator, use_deterministic_algorithms
 from digitdist.optim import state_tensors
 from digitdist.runs import open_run
 from digitdist.sync import StepStats
@@ -102,7 +102,7 @@ def train(options: list[str], last: int) -> tuple[Watched, Path]:
     """One attempt of a run, up to step `last`, with an `Accelerator` of its own. Collective."""
     setup = prepare([], [*options, f"train.max_steps={last}"])
     AcceleratorState._reset_state()
-    torch.use_deterministic_algorithms(False)
+    use_deterministic_algorithms(False)
     accelerator = start_accelerator(setup.config, setup.plan)
     run = run_on_main(accelerator, lambda: open_run(setup.config, setup.plan, setup.splits, setup.ending, []))
     with contextlib.redirect_stdout(io.StringIO()):

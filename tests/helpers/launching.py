@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +45,32 @@ def python(*arguments: str, cwd: Path, env: dict[str, str] | None = None, timeou
 def torchrun(processes: int, *arguments: str, cwd: Path, env: dict[str, str] | None = None, timeout: float = 100) -> Outcome:
     command = [str(BIN / "torchrun"), "--nproc_per_node", str(processes), *arguments]
     return run(command, cwd=cwd, env=env, timeout=timeout)
+
+
+def worlds(
+    sizes: Sequence[int], module: str, *arguments: str, cwd: Path, env: dict[str, str] | None = None, timeout: float = 100
+) -> dict[int, Outcome]:
+    """Runs a worker of tests on a world of each size, without a launcher: see `helpers.ranks`."""
+    own = {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))), "OMP_NUM_THREADS": "1"}  # as torchrun sets it
+    with tempfile.TemporaryDirectory() as streams:
+        command = ("-m", "helpers.ranks", streams, ",".join(map(str, sizes)), module, *arguments)
+        done = python(*command, cwd=cwd, env=own | (env or {}), timeout=timeout)
+        printed = {size: [(Path(streams) / f"{size}.{name}") for name in ("out", "err")] for size in sizes}
+        texts = {size: [file.read_text() if file.exists() else "" for file in files] for size, files in printed.items()}
+    assert done.code == 0, (done.err, texts)
+    return {size: Outcome(done.code, *texts[size]) for size in sizes}
+
+
+def one_by_one(commands: Sequence[Sequence[str]], cwd: Path, env: dict[str, str]) -> dict[str, str]:
+    """What each command, such as ``("evaluate", "a")``, prints, by its name: all in one process; asserts that none fails."""
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump([[f"digitdist.{name}", *arguments] for name, *arguments in commands], file)
+        file.flush()
+        done = python("-m", "helpers.commands_worker", file.name, cwd=cwd, env=env)
+    assert done.code == 0, done.err
+    outcomes = json.loads(done.out)
+    assert not any(code for code, _, _ in outcomes), outcomes
+    return {name: out for (name, *_), (_, out, _) in zip(commands, outcomes, strict=True)}
 
 
 def accelerate(*arguments: str, cwd: Path, env: dict[str, str] | None = None, timeout: float = 100) -> Outcome:

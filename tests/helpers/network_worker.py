@@ -23,7 +23,14 @@ from accelerate import Accelerator
 
 from digitdist.config import load_config
 from digitdist.data import DATA_SETS, ImageSet, Splits, load_splits
-from digitdist.distributed import Heartbeat, make_plan, run_command, run_on_main, start_accelerator
+from digitdist.distributed import (
+    Heartbeat,
+    make_plan,
+    run_command,
+    run_on_main,
+    start_accelerator,
+    use_deterministic_algorithms,
+)
 from digitdist.errors import UserError
 from digitdist.evaluate import chunked_loader, evaluate
 from digitdist.runs import StoredRun, open_run, read_metrics
@@ -54,26 +61,25 @@ def few_images() -> Splits:
     return dataclasses.replace(splits, train=few(splits.train, 61), test=few(splits.test, 40))
 
 
-def train(accelerator: Accelerator, options: list[str], steps: int) -> Path:
+def train(accelerator: Accelerator, options: list[str], steps: int) -> tuple[Path, torch.memory_format]:
     setup = prepare([], [*options, f"train.max_steps={steps}"])
-    torch.use_deterministic_algorithms(setup.config.sync.mode == "exact")
+    use_deterministic_algorithms(setup.config.sync.mode == "exact")
     run = run_on_main(accelerator, lambda: open_run(setup.config, setup.plan, setup.splits, setup.ending, []))
     with contextlib.redirect_stdout(io.StringIO()):
         Trainer(setup, accelerator, run, Heartbeat(run.heartbeat, setup.plan.world)).train()
-    return run.folder
+    return run.folder, setup.traits.layout
 
 
 def outcome(accelerator: Accelerator, folder: Path, options: list[str]) -> dict[str, Any]:
-    """Of a run that ends in its middle and is resumed (in exact mode on one process: that is not), and evaluated again from its
-    files."""
-    if "sync.mode=exact" not in options or accelerator.num_processes > 1:
+    """Of a run that, on several processes, ends in its middle and is resumed; evaluated again from its files."""
+    if accelerator.num_processes > 1:
         train(accelerator, options, STEPS // 2)
-    run = train(accelerator, options, STEPS)
+    run, layout = train(accelerator, options, STEPS)
     accelerator.wait_for_everyone()
     config = load_config([str(run / "config.yaml")])
     stored = StoredRun(run, config, DATA_SETS["mnist"])
     model = stored.model(stored.checkpoint("last"))
-    model.to(accelerator.device).to(memory_format=prepare([], options).traits.layout)
+    model.to(accelerator.device).to(memory_format=layout)
     loader = chunked_loader(accelerator, few_images().test.to(accelerator.device), config)
     again = evaluate(accelerator, model, loader, DATA_SETS["mnist"])
     result = json.loads((run / "result.json").read_text())
@@ -90,6 +96,7 @@ def main() -> None:
     root, folder, *cases = sys.argv[1:]
     config = load_config((), [f"data.root={root}", "train.threads=1"])
     accelerator = start_accelerator(config, make_plan(config))
+    folder = f"{folder}/runs-{accelerator.num_processes}"
     warnings.simplefilter("ignore")
     pytest.MonkeyPatch().setattr("digitdist.train.setup.load_splits", lambda *_: few_images())
     found: dict[str, Any] = {}

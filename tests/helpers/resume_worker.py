@@ -66,7 +66,7 @@ class World:
     """The ranks of this launch."""
 
     def __init__(self, accelerator: Accelerator, root: str, folder: str):
-        self.accelerator, self.root, self.folder = accelerator, root, Path(folder)
+        self.accelerator, self.root, self.folder = accelerator, root, Path(folder) / f"runs-{accelerator.num_processes}"
 
     def train(self, name: str, *options: str, **how: int) -> Path:
         """A run, or a part of one. Collective."""

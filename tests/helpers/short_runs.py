@@ -15,7 +15,7 @@ from accelerate import Accelerator
 
 from digitdist.config import load_config
 from digitdist.data import Splits, load_splits
-from digitdist.distributed import Heartbeat, StopRequest, run_on_main
+from digitdist.distributed import Heartbeat, StopRequest, run_on_main, use_deterministic_algorithms
 from digitdist.errors import Stopped
 from digitdist.runs import open_run
 from digitdist.train import Trainer, prepare
@@ -68,7 +68,7 @@ def train(
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
         patch.setattr("digitdist.train.setup.load_splits", lambda data, _: few_images(root, count, data.validation))
         setup = prepare([], [*QUICK, f"data.root={root}", *options])
-        torch.use_deterministic_algorithms(setup.config.sync.mode == "exact")
+        use_deterministic_algorithms(setup.config.sync.mode == "exact")
 
         def fit(stored):
             kept, more = fitting(setup, stored)

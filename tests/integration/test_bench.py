@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from helpers.launching import python
+from helpers.launching import ROOT, python
 from helpers.variants import soak
 
 from digitdist.bench.roofline import STEPS, Work, rows
@@ -17,8 +17,8 @@ from digitdist.bench.worlds import ONE_SHARD_A_RANK
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_every_loop_is_measured_in_turn_beside_the_bare_one(place: Path):
-    options = ("--json", "--repeats", "1", "--world", "2", "data.batch_size=500")
-    done = python("-m", "digitdist.bench", *options, cwd=place, timeout=350)
+    options = ("--json", "--repeats", "1", "--world", "2", "model.target=helpers.networks.Light", "train.threads=1")
+    done = python("-m", "digitdist.bench", *options, cwd=place, env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}, timeout=350)
     assert done.code == 0, done.err
     measured = json.loads(done.out)
     rates = measured["images_per_second"]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.launching import QUIET, ROOT, Outcome, torchrun
+from helpers.launching import QUIET, ROOT, Outcome, torchrun, worlds
 from helpers.runs import events, result
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -67,13 +67,11 @@ def outcome(mnist_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
     @functools.cache
     def launch(world_size: int) -> Outcome:
         arguments = (str(mnist_root), str(tmp_path_factory.mktemp("runs")), json.dumps(cases(world_size)))
-        command = (FP16, "helpers.fp16_worker", *arguments)
-        return torchrun(world_size, *command, cwd=ROOT, env={"FP16_GROWTH_INTERVAL": "3"}, timeout=280)
+        command = ("helpers.fp16_on_cpu", "helpers.fp16_worker", *arguments)
+        return worlds([world_size], *command, cwd=ROOT, env={"FP16_GROWTH_INTERVAL": "3"}, timeout=280)[world_size]
 
     def outcome(world_size: int) -> dict[str, Any]:
-        done = launch(world_size)
-        assert done.code == 0, done.err
-        return json.loads(done.out.splitlines()[-1])
+        return json.loads(launch(world_size).out.splitlines()[-1])
 
     return outcome
 

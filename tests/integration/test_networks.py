@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.launching import QUIET, ROOT, python, torchrun
+from helpers.launching import QUIET, ROOT, python, torchrun, worlds
 
 MODES = ("ddp", "exact", "local")
 TRAINED = (  # and whose loss in ddp mode is that of one process to rounding, on any number of them
@@ -45,15 +45,8 @@ REFUSED_IN_EXACT = {
 }
 
 
-def outcomes(tmp_path: Path, mnist_root: Path, world_size: int, cases: list[str]) -> dict[str, Any]:
-    worker = ("-m", "helpers.network_worker", str(mnist_root), str(tmp_path / f"runs{world_size}"), *cases)
-    done = torchrun(world_size, *worker, cwd=ROOT / "tests", env={"PYTHONPATH": str(ROOT)}, timeout=500)
-    assert done.code == 0, done.err
-    return json.loads(done.out.splitlines()[-1])
-
-
 def check(one: dict[str, Any], two: dict[str, Any]) -> None:
-    """One process has trained exact runs without a break; two have resumed them in their middle."""
+    """One process has trained without a break; two have resumed their runs in the middle."""
     for case in one:
         name, mode, *more = case.split(":")
         reason = REFUSED.get(name) or (REFUSED_IN_EXACT.get(name) if mode == "exact" else None)
@@ -75,7 +68,8 @@ def test_any_network_is_trained_alike_on_one_process_and_on_two_or_refused(tmp_p
     cases = [f"{name}:{mode}" for name in (*TRAINED, *RANDOM) for mode in MODES] + VARIED
     cases += [f"{name}:{mode}" for name, mode in zip((*REFUSED, "LostState"), 5 * MODES, strict=False)]
     cases += [f"{name}:exact" for name in REFUSED_IN_EXACT]
-    check(*(outcomes(tmp_path, mnist_root, world_size, cases) for world_size in (1, 2)))
+    done = worlds((1, 2), "helpers.network_worker", str(mnist_root), str(tmp_path), *cases, cwd=tmp_path, timeout=900)
+    check(*(json.loads(done[world_size].out.splitlines()[-1]) for world_size in (1, 2)))
 
 
 @pytest.mark.slow

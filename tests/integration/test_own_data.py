@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 from helpers.data_sets import write_folder
-from helpers.launching import BIN, CLEAN, QUIET, ROOT, python, torchrun
+from helpers.launching import BIN, CLEAN, QUIET, ROOT, one_by_one, python, torchrun
 from helpers.runs import assert_same_run, reached, result, wait_until
 from helpers.variants import soak
 
@@ -48,7 +48,7 @@ def test_a_killed_run_on_own_images_ends_as_the_unbroken_one(
 ):
     write_folder(tmp_path / "digits", splits)
     options = (*TRAIN, *data, "train.max_steps=24")
-    assert torchrun(1, *options, "run.name=whole", cwd=tmp_path, env=env).code == 0
+    assert python(*options, "run.name=whole", cwd=tmp_path, env=env).code == 0
     command = [str(BIN / "torchrun"), "--nproc_per_node", "2", *options, "run.name=broken"]
     process = subprocess.Popen(command, cwd=tmp_path, env=CLEAN | env, start_new_session=True, stdout=subprocess.DEVNULL)
     wait_until(lambda: reached(tmp_path / "runs/broken") >= 9)
@@ -95,18 +95,15 @@ def test_own_images_give_the_same_weights_in_memory_and_streamed_and_every_comma
     assert class_name in json.loads((tmp_path / "runs/kept/data_set.json").read_text())["classes"]
 
     picture = next((tmp_path / "digits/test/digit 7").glob("*.png"))
-    outputs = {}
-    for command in (
+    commands = (
         ("evaluate", "runs/streamed", "--json"),
         ("predict", "streamed", str(picture), "--json"),
         ("report", "kept", "streamed"),
         ("export", "kept", "--format", "onnx"),
         ("data", *data, "--plot", "samples.png"),
         ("checkpoint", "verify", "kept"),
-    ):
-        done = python("-m", f"digitdist.{command[0]}", *command[1:], cwd=tmp_path, env=env)
-        assert done.code == 0, (command, done.err)
-        outputs[command[0]] = done.out
+    )
+    outputs = one_by_one(commands, tmp_path, env)
     assert json.loads(outputs["evaluate"])["correct"] == result(tmp_path / "runs/streamed")["test_correct"]
     assert json.loads(outputs["predict"])["class"] in json.loads((tmp_path / "runs/kept/data_set.json").read_text())["classes"]
     assert class_name in (tmp_path / "runs/kept/report.html").read_text()

@@ -6,15 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers.launching import ROOT, torchrun
+from helpers.launching import worlds
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_breaking_off_saving_and_harmless_keys_change_no_bit(tmp_path: Path, mnist_root: Path):
-    worker = ("-m", "helpers.resume_worker", str(mnist_root), str(tmp_path / "runs"))
-    done = torchrun(3, *worker, cwd=ROOT / "tests", env={"PYTHONPATH": str(ROOT)}, timeout=580)
-    assert done.code == 0, done.err
+    worker = ("helpers.resume_worker", str(mnist_root), str(tmp_path / "runs"))
+    done = worlds([3], *worker, cwd=tmp_path, timeout=580)[3]
     groups = json.loads(done.out.splitlines()[-1])
     differs = groups.pop("differs")
     for name, runs in groups.items():
@@ -33,10 +32,8 @@ def test_patience_ends_all_ranks_at_one_step_whatever_has_broken_them_off_and_in
     tmp_path: Path, mnist_root: Path
 ):
     exact = []
-    for size in (1, 2, 3):
-        worker = ("-m", "helpers.resume_worker", str(mnist_root), str(tmp_path / f"runs-{size}"), "patient")
-        done = torchrun(size, *worker, cwd=ROOT / "tests", env={"PYTHONPATH": str(ROOT)})
-        assert done.code == 0, done.err
+    worker = ("helpers.resume_worker", str(mnist_root), str(tmp_path), "patient")
+    for done in worlds((1, 2, 3), *worker, cwd=tmp_path, timeout=280).values():
         modes = json.loads(done.out.splitlines()[-1])
         for mode, runs in modes.items():
             unbroken = runs["unbroken"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from helpers.data_sets import write_folder
-from helpers.launching import QUIET, ROOT, Outcome, python, torchrun
+from helpers.launching import QUIET, ROOT, Outcome, python, torchrun, worlds
 from helpers.runs import assert_same_run, result
 from helpers.simulated_device import unsupported
 from helpers.variants import soak
@@ -99,6 +99,9 @@ def launch(
     env |= {} if simulated else {"ACCELERATE_USE_CPU": "true"}
     env |= {"SIMULATED_TRANSFERS": note} if note else {}
     command = (DEVICE if simulated else "-m", *arguments)
+    if arguments[0].startswith("helpers."):
+        module = ["helpers.simulated_device"] if simulated else []
+        return worlds([world_size], *module, *arguments, cwd=place, env=env, timeout=timeout)[world_size]
     if world_size == 1:
         done = python(*command, cwd=place, env=env, timeout=timeout)
     else:

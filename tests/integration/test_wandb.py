@@ -197,19 +197,19 @@ def test_a_run_that_is_stopped_killed_and_killed_at_its_end_is_one_run_of_the_se
         "    time.sleep(float(os.environ['SLOW_S']) if self.training else 0)\n    return super().forward(images)\n"
     )
     arguments = (*TRAIN, *STEPS, "checkpoint.every_steps=30", "model.target=slow.Net", "run.report=false")
-    env = CLEAN | server.environment | {"PYTHONPATH": f"{place}:{ROOT}"}
+    env = CLEAN | server.environment | {"PYTHONPATH": f"{place}:{ROOT}", "WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "2"}
 
     def start(slow_s: str, fault: str = "") -> subprocess.Popen:
         own = env | {"SLOW_S": slow_s, "DIGITDIST_FAULT": fault}
         return subprocess.Popen([sys.executable, *arguments], cwd=place, env=own, stdout=subprocess.DEVNULL)
 
-    stopped = start("0.3")
+    stopped = start("0.2")
     wait_until(lambda: server.runs and server.run.steps)
     (place / "runs/a/STOP").touch()
     assert stopped.wait() == 75
     assert (server.run.state, server.run.exit_code) == ("preempted", 75)
     before = server.run.steps
-    killed = start("1")  # so long that wandb sends steps, as it does every 15 s, before the end
+    killed = start("0.3")  # so long that wandb sends steps, as it is to do every 2 s, before the end
     wait_until(lambda: server.run.steps != before)
     killed.kill()
     killed.wait()

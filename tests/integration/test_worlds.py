@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.launching import QUIET, ROOT, Outcome, accelerate, python, torchrun
+from helpers.launching import QUIET, ROOT, Outcome, accelerate, python, torchrun, worlds
 from helpers.runs import events, only_run, result
 from helpers.variants import soak
 
@@ -44,8 +44,7 @@ def test_torchrun_makes_one_run_of_three_processes_and_evaluates_on_two(place: P
 
 @pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow), soak(4)])
 def test_gradients_and_rounds_are_those_of_the_reference(mnist_root: Path, world_size: int):
-    done = torchrun(world_size, "-m", "helpers.gradient_worker", str(mnist_root), cwd=ROOT / "tests")
-    assert done.code == 0, done.err
+    done = worlds([world_size], "helpers.gradient_worker", str(mnist_root), cwd=mnist_root)[world_size]
     assert "all gradients and rounds as in the reference" in done.out
 
 
@@ -91,9 +90,7 @@ def test_a_loss_that_is_not_finite_stops_all_ranks(place: Path):
 @pytest.mark.timeout(300)
 def test_exact_gives_the_same_bits_on_any_world_and_a_mutation_would_show(mnist_root: Path):
     """Over batch, shards, accumulate and images, tail batches and empty shards included."""
-    worker = ("-m", "helpers.exact_worker", str(mnist_root))
-    outcomes = {n: torchrun(n, *worker, cwd=ROOT / "tests") for n in WORLDS}
-    assert all(done.code == 0 for done in outcomes.values()), outcomes
+    outcomes = worlds(WORLDS, "helpers.exact_worker", str(mnist_root), cwd=mnist_root)
     hashes = {n: json.loads(done.out) for n, done in outcomes.items()}
     for name in (name for name in hashes[1] if name.startswith("case")):
         assert len({hashes[n][name] for n in WORLDS}) == 1, name
