@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -91,12 +92,17 @@ def obstacle(study: Study, other: Study) -> str | None:
 
 def compare(study: Study, others: Sequence[Study], held_out: bool = False) -> tuple[list[Difference], list[float]]:
     """`study` beside each of `others`: Welch's differences of mean accuracies, and p values adjusted for their number (Holm),
-    NaN where nothing can be said. `held_out`: of accuracies on held-out images."""
+    NaN where nothing can be said.
+
+    `held_out`: of accuracies on held-out images, on which `study` is the best of all. Any of them might have been, so that p is
+    adjusted for the number of all pairs.
+    """
     values = [one.held_out if held_out else one.accuracies for one in (study, *others)]
     found = [welch(values[0], other) for other in values[1:]]
-    known = [one.p_value for one in found if not math.isnan(one.p_value)]
-    adjusted = iter(holm(known))
-    return found, [math.nan if math.isnan(one.p_value) else next(adjusted) for one in found]
+    pairs = [welch(*pair) for pair in itertools.combinations(values[1:], 2)] if held_out else []
+    p_values = [one.p_value for one in (*found, *pairs)]
+    adjusted = iter(holm([p_value for p_value in p_values if not math.isnan(p_value)]))
+    return found, [math.nan if math.isnan(p_value) else next(adjusted) for p_value in p_values][: len(found)]
 
 
 def verdict(study: Study, other: Study, found: Difference, p_value: float, num_comparisons: int) -> str:
@@ -121,6 +127,7 @@ def summary(study: Study) -> dict[str, Any]:
         "study": study.name,
         "runs": [str(record.folder) for record in study.records],
         "seeds": [record.seed for record in study.records],
+        "ended": [record.result["ended"] for record in study.records if record.result],
         "unfinished": study.num_unfinished,
         **{name: _spread(found) if found else None for name, found in values.items()},
         "train_seconds": {"median": float(np.median(study.train_seconds)), "values": study.train_seconds},
@@ -152,5 +159,6 @@ def _settings(record: Record) -> dict[str, Any]:
 
 
 def _where(record: Record) -> dict[str, Any]:
-    """On what a run was trained, as far as it may alter its result."""
-    return {name: (record.result or {}).get(name) for name in ("device", "precision", "world_size")}
+    """On what a run was trained, as far as it may alter its result, and by which key it has ended."""
+    result = {name: (record.result or {}).get(name) for name in ("device", "precision", "world_size", "ended")}
+    return result | {"threads": record.attempts[-1].get("threads") if record.attempts else None}

@@ -4,6 +4,7 @@ averaged: the data set, its classes and the shape of an image. All else may diff
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from typing import Any
 from digitdist.config import load_config, shown
 from digitdist.data import held_out_seed, known_info
 from digitdist.errors import UserError
-from digitdist.runs.finding import StoredRun, load_run, runs_of
+from digitdist.runs.finding import StoredRun, find_run_or_study, load_run, runs_of
+from digitdist.runs.studies import seeds_in
+from digitdist.world import is_main
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -36,7 +39,13 @@ def load_runs(names: Sequence[str], overrides: Sequence[str], needs_data: bool =
     Raises:
         UserError: one of them cannot be loaded, is there twice, or does not share with the others what it must.
     """
-    folders = [folder for name in names for folder in runs_of(name, _run_dir(overrides))]
+    folders = []
+    for name in names:
+        found = runs_of(name, _run_dir(overrides))
+        num_others = len(seeds_in(find_run_or_study(name, _run_dir(overrides)))) - len(found)
+        if num_others > 0 and is_main():
+            print(f"note: {name}: {num_others} of its runs are not finished, and left out", file=sys.stderr, flush=True)
+        folders += found
     resolved = [folder.resolve() for folder in folders]
     twice = next((folder for place, folder in enumerate(folders) if resolved[place] in resolved[:place]), None)
     if twice:

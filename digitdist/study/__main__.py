@@ -17,12 +17,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from digitdist.config import KEYS, Parser, load_config
+from digitdist.config import Parser, load_config
 from digitdist.distributed import StopRequest, make_expendable, run_command
 from digitdist.errors import RunsFailed, Stopped, UserError
 from digitdist.report import Study, as_study, read_study, summary, write_study_report
 from digitdist.runs import CONFIG, find_run_or_study
-from digitdist.study.grid import check_held_out, combinations
+from digitdist.study.grid import check_held_out, combinations, is_axis
 from digitdist.study.planning import Training, plan_study
 from digitdist.study.progress import Progress
 from digitdist.study.running import Outcome, train_all
@@ -43,7 +43,7 @@ def main() -> None:
     if arguments.seeds is None and not arguments.grid:
         find_run_or_study(str(folder), runs_dir)  # or what is there is told
     studies = combinations(arguments.grid, folder) if arguments.grid else {folder: []}
-    others = _others(arguments.against, runs_dir)
+    others = _others(arguments.against, runs_dir, folder)
     outcome = Outcome()
     if arguments.seeds is not None:
         outcome = _train(arguments, folder.name, studies)
@@ -92,8 +92,11 @@ def _arguments() -> argparse.Namespace:
     # Options that take several words take what follows them too.
     arguments.overrides += [word for words in arguments.against for word in words if _is_override(word)]
     arguments.against = [[word for word in words if not _is_override(word)] for words in arguments.against]
-    arguments.overrides += [word for word in arguments.grid if "," not in word]
-    arguments.grid = [word for word in arguments.grid if "," in word]
+    is_grid = bool(arguments.grid)
+    arguments.overrides += [word for word in arguments.grid if not is_axis(word)]
+    arguments.grid = [word for word in arguments.grid if is_axis(word)]
+    if is_grid and not arguments.grid:
+        parser.error("--grid has no key with several values; write for example --grid optim.lr=0.001,0.002")
     if arguments.grid and arguments.against:
         parser.error("--against is not allowed with --grid, which compares its own studies; compare the chosen one afterwards")
     if arguments.part is not None and arguments.seeds is None:
@@ -102,24 +105,26 @@ def _arguments() -> argparse.Namespace:
 
 
 def _is_override(word: str) -> bool:
-    name, equals, _ = word.partition("=")
-    return bool(equals) and name in KEYS
+    """Whether it is ``key=value``, and not a run, which may have a ``=`` behind a ``/``."""
+    return "=" in word.partition("/")[0]
 
 
 def _place(arguments: argparse.Namespace) -> tuple[str, Path]:
     """The folder of all runs, and that of the study: one of this name in it, else the path that the name is."""
-    plain = os.path.basename(arguments.name.rstrip("/"))
+    arguments.name = arguments.name.rstrip("/")
+    plain = os.path.basename(arguments.name)
     runs_dir = load_config(arguments.config, [*arguments.overrides, f"run.name={plain}"]).run.dir
     named = Path(runs_dir) / arguments.name
     is_path = plain != arguments.name and not named.is_dir()
     return runs_dir, Path(os.path.expanduser(arguments.name)) if is_path else named
 
 
-def _others(groups: Sequence[Sequence[str]], runs_dir: str) -> list[Study]:
-    """What ``--against`` names: each study, and the runs of each group together."""
+def _others(groups: Sequence[Sequence[str]], runs_dir: str, own: Path) -> list[Study]:
+    """What ``--against`` names: each study, and the runs of each group together; none of them of the study in `own`."""
     found = []
     for names in groups:
         folders = [(name, find_run_or_study(name, runs_dir)) for name in names]
+        _check_independent([folder.resolve() for _, folder in folders], own.resolve())
         runs = [(name, folder) for name, folder in folders if (folder / CONFIG).is_file()]
         found += [read_study(folder, name) for name, folder in folders if (name, folder) not in runs]
         if runs:
@@ -128,6 +133,15 @@ def _others(groups: Sequence[Sequence[str]], runs_dir: str) -> list[Study]:
     if lacking:
         raise UserError(f"--against {lacking[0]}: no run of it is finished; go on with it first")
     return found
+
+
+def _check_independent(folders: Sequence[Path], own: Path) -> None:
+    """Refuses runs that would count double, or on both sides, since Welch's interval is one of independent runs."""
+    for number, folder in enumerate(folders):
+        if own in (folder, folder.parent):
+            raise UserError(f"--against {folder} is not allowed: it is of the study itself; give other runs")
+        if folder in folders[:number] or folder.parent in folders:
+            raise UserError(f"--against {folder} is there twice, and would count double; give each run once")
 
 
 def _train(arguments: argparse.Namespace, name: str, studies: dict[Path, list[str]]) -> Outcome:

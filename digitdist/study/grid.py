@@ -8,10 +8,11 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from digitdist.config import Config
+from digitdist.config import ENDS, KEYS, Config
 from digitdist.errors import UserError
 
 MAX_NAME = 120  # characters of a combination's folder
+OF_IMAGES = ("data.name", "data.root", "data.target", "data.args", "data.validation", "data.validation_seed")
 OTHER = re.compile(r"[^\w.=,+-]+")  # what a folder's name does not have
 
 
@@ -19,7 +20,7 @@ def combinations(axes: Sequence[str], folder: Path) -> dict[Path, list[str]]:
     """The ``key=value`` arguments of each combination of `axes`, such as ``optim.lr=0.1,0.2``, by the folder of its study.
 
     Raises:
-        UserError: an axis is not ``key=value,value``, or stands there twice.
+        UserError: an axis is not ``key=value,value``, stands there twice, or gives combinations that cannot be ranked.
     """
     values = {}
     for axis in axes:
@@ -27,10 +28,27 @@ def combinations(axes: Sequence[str], folder: Path) -> dict[Path, list[str]]:
         found = list(dict.fromkeys(split_values(text)))
         if not equals or not name or not all(found):
             raise UserError(f"--grid {axis} is not key=value,value; write for example optim.lr=0.001,0.002")
+        _check_rankable(name)
         if name in values:
             raise UserError(f"--grid has {name} twice; write all of its values once, such as {name}=1,2")
         values[name] = [f"{name}={value}" for value in found]
     return {folder / _folder_name(combination): list(combination) for combination in itertools.product(*values.values())}
+
+
+def is_axis(word: str) -> bool:
+    """Whether a word gives several values, as an axis does, and not one, as ``key=value`` does."""
+    return len(split_values(word)) > 1
+
+
+def _check_rankable(name: str) -> None:
+    """Refuses a key whose values hold out other images, or all give the same result."""
+    if name in OF_IMAGES or name.startswith("data.args."):
+        raise UserError(
+            f"--grid {name} is not allowed: its combinations hold out other images, which do not rank them; make a study of"
+            " each value"
+        )
+    if name in KEYS and not KEYS[name].alters_result and name not in ENDS:
+        raise UserError(f"--grid {name} is not allowed: it does not alter the result; give keys that do, such as optim.lr")
 
 
 def split_values(text: str) -> list[str]:

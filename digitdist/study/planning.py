@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from digitdist.config import Config, as_dict, load_config, read_stored_config, result_changes
+from digitdist.config import Config, as_dict, load_config, read_stored_config, result_changes, shown
 from digitdist.errors import UserError
-from digitdist.runs import CONFIG, is_trained, seed_folder
+from digitdist.runs import CONFIG, has_result, is_trained, seed_folder, studies_in
 
 OWN = {
     "seed=": "--seeds N trains with seeds 0 to N-1",
@@ -45,6 +46,10 @@ def plan_study(
     config = load_config(files, overrides)
     if (folder / CONFIG).is_file():
         raise UserError(f"{folder} is a run, in which no study has room; give another NAME")
+    if inner := studies_in(folder):
+        raise UserError(
+            f"{folder} is a grid of {len(inner)} studies, such as {inner[0].name}; give another NAME, or its --grid"
+        )
     first = [f"--config={file}" for file in files]
     defaults = ["run.report=false"]
     if config.tracking.group is None:
@@ -82,7 +87,14 @@ def _check_unchanged(training: Training) -> None:
     if mistakes:
         return  # which the trainer mends, or refuses
     same = {"train.precision": training.config.train.precision}
-    changes = result_changes(as_dict(stored) | same, as_dict(training.config))
+    before, after = as_dict(stored) | same, as_dict(training.config)
+    changes = result_changes(before, after)
+    if has_result(training.folder):
+        changes += [
+            f"it is finished with {name}={shown(before[name])}, and is not shortened to {shown(after[name])}"
+            for name in ("train.epochs", "train.max_steps")
+            if after[name] is not None and after[name] < (before[name] or math.inf)
+        ]
     if changes:
         advice = "set it back, give the study another NAME, or set checkpoint.allow_change=true"
         raise UserError(*(f"{training.folder}: {change}; {advice}" for change in changes))

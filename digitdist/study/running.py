@@ -55,7 +55,7 @@ def train_all(trainings: Sequence[Training], slots: Sequence[Slot], progress: Pr
     is killed, they save and end by themselves.
 
     Raises:
-        UserError: that mistake.
+        UserError: that mistake, or another study trains the same runs.
     """
     outcome, waiting, free, children = Outcome(), deque(trainings), list(slots), list[_Child]()
     asked, shown_s, mistake = False, 0.0, ""
@@ -63,8 +63,8 @@ def train_all(trainings: Sequence[Training], slots: Sequence[Slot], progress: Pr
     def goes_on() -> bool:
         return not stop.requested and bool(outcome.seconds or not mistake)
 
-    _await_leavers(trainings, progress)
     try:
+        _await_leavers(trainings, progress)
         while children or (waiting and goes_on()):
             while waiting and free and goes_on():
                 children.append(_start(waiting.popleft(), free.pop(0)))
@@ -145,10 +145,16 @@ def _send(children: Sequence[_Child], number: int) -> None:
 
 
 def _await_leavers(trainings: Sequence[Training], progress: Progress) -> None:
-    """Waits a while for trainings that an earlier study, killed a moment ago, has left; the trainer refuses those that stay."""
+    """Waits a while for trainings that an earlier study, killed a moment ago, has left.
+
+    Raises:
+        UserError: one stays.
+    """
     in_use = [training for training in trainings if is_in_use(training.folder)]
     if in_use:
         progress.print(f"{in_use[0].folder}: another training works in this run; waits {LEAVING_S:.0f} s for it to end")
     deadline = time.monotonic() + LEAVING_S
-    while any(is_in_use(training.folder) for training in in_use) and time.monotonic() < deadline:
+    while staying := [training for training in in_use if is_in_use(training.folder)]:
+        if time.monotonic() > deadline:
+            raise UserError(f"{staying[0].folder}: another training works in it, perhaps of a study of this NAME; wait for it")
         time.sleep(LOOK_EVERY_S)

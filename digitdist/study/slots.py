@@ -26,7 +26,7 @@ class Slot:
 
 def make_slots(jobs: int | None, config: Config, num_runs: int) -> list[Slot]:
     """As many places as `jobs` says, at most `num_runs`; by default one a GPU, and on CPUs one a core with one thread each, or
-    as many as have room for ``train.threads``."""
+    as many as have room for ``train.threads``. The threads of a run do not depend on `num_runs`: neither do its bits."""
     device, cores = planned_device(), num_cores(cpu_quota())
     environments: list[dict[str, str]] = [{}]
     if device in VISIBLE:
@@ -34,7 +34,7 @@ def make_slots(jobs: int | None, config: Config, num_runs: int) -> list[Slot]:
         shown = [name for name in os.environ.get(variable, "").split(",") if name]
         environments = [{variable: name} for name in shown or map(str, range(torch.accelerator.device_count()))]
     default = len(environments) if device != "cpu" else max(1, cores // (config.train.threads or 1))
-    count = max(1, min(jobs or default, num_runs))
+    count = jobs or default
     # In exact mode the number of threads alters the result, so it is not for the machine to say.
     threads = None if config.train.threads or config.sync.mode == "exact" else max(1, cores // count)
-    return [Slot(environments[number % len(environments)], threads) for number in range(count)]
+    return [Slot(environments[number % len(environments)], threads) for number in range(min(count, num_runs))]

@@ -151,6 +151,8 @@ def test_a_mistake_of_all_runs_is_told_once_and_ends_it(place: Path):
         (("a", "--seeds", "2", "--against", "b"), "b: no run of that folder or name"),
         (("a", "--seeds", "2", "optim.lr=0"), "optim.lr=0 is not allowed"),
         (("a", "--seeds", "2", "--against", "b", "seed=3"), "b: no run"),
+        (("a/", "--seeds", "2", "--against", "b", "model.args.widht=3", "optim.lr=0"), "optim.lr=0 is not allowed"),
+        (("a", "--seeds", "2", "data.validation=500", "--grid", "optim.lr=1"), "--grid has no key with several values"),
         (("..", "--seeds", "2"), "run.name='..' is not allowed"),
     ],
 )

@@ -47,7 +47,7 @@ def test_the_runs_before_images_are_those_of_a_runs_folder_or_name_and_what_lies
     assert count_runs(["a", "x" * 5000], []) == 1, "longer than a name can be"
 
 
-def test_a_study_is_all_of_its_finished_runs():
+def test_a_study_is_all_of_its_finished_runs_and_others_are_said_to_be_left_out(capsys: pytest.CaptureFixture[str]):
     for seed in range(4):
         run, _ = made(Path(f"runs/s/seed-{seed}"), f"seed={seed}")
         if seed != 2:
@@ -56,6 +56,11 @@ def test_a_study_is_all_of_its_finished_runs():
     finished = [f"runs/s/seed-{seed}" for seed in (0, 1, 3)]
     assert folders("s") == folders("runs/s") == finished
     assert folders("a", "s") == ["runs/a", *finished]
+    told = capsys.readouterr()
+    note = "1 of its runs are not finished, and left out"
+    assert (told.out, told.err.splitlines()) == ("", [f"note: s: {note}", f"note: runs/s: {note}", f"note: s: {note}"])
+    assert folders("s/seed-0") == ["runs/s/seed-0"]
+    assert capsys.readouterr().err == ""
     with pytest.raises(UserError, match="runs/s/seed-1 is given twice, and would count double; give each run once"):
         load_runs(["s", "runs/../runs/s/seed-1"], [])
 

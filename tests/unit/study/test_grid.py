@@ -48,6 +48,10 @@ def test_values_that_no_folder_is_named_by_are_told_apart_all_the_same():
         (["1,2"], "is not key=value,value"),
         (["optim.lr=1,"], "is not key=value,value"),
         (["optim.lr=1,2", "optim.lr=3,4"], "optim.lr twice"),
+        (["data.root=a,b"], r"--grid data\.root is not allowed: its combinations hold out other images"),
+        (["data.args.kind=a,b"], r"--grid data\.args\.kind is not allowed: its combinations hold out other images"),
+        (["data.validation_seed=1,2"], r"--grid data\.validation_seed is not allowed: its combinations hold out other images"),
+        (["run.dir=a,b"], r"--grid run\.dir is not allowed: it does not alter the result"),
     ],
 )
 def test_what_is_no_axis_is_refused(axes: list[str], why: str):

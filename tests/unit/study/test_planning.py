@@ -21,7 +21,7 @@ def test_each_seed_is_a_run_of_the_trainers_own_command():
     assert not trainings[0].is_done
 
 
-@pytest.mark.parametrize("end", ["train.epochs=1", "train.max_steps=9", "train.patience=4"])
+@pytest.mark.parametrize("end", ["train.epochs=12", "train.patience=4"])
 def test_a_run_that_is_to_end_elsewhere_is_not_done(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, end: str):
     held_out = "data.validation=5000"
     make_run(tmp_path / "seed-0", 900, options=[held_out])
@@ -65,3 +65,17 @@ def test_a_study_has_no_room_in_a_run(tmp_path: Path):
     make_run(tmp_path / "mine", 900)
     with pytest.raises(UserError, match="mine is a run, in which no study has room"):
         plan_study(tmp_path / "mine", 2, [], [])
+
+
+def test_a_study_has_no_room_in_a_grid(tmp_path: Path):
+    make_run(tmp_path / "mine/optim.lr=1/seed-0", 900)
+    with pytest.raises(UserError, match=r"mine is a grid of 1 studies, such as optim\.lr=1; give another NAME"):
+        plan_study(tmp_path / "mine", 2, [], [])
+
+
+@pytest.mark.parametrize(("end", "was"), [("train.epochs=1", "9.0"), ("train.max_steps=9", "null")])
+def test_finished_runs_are_not_mixed_with_shorter_ones(tmp_path: Path, end: str, was: str):
+    make_run(tmp_path / "seed-0", 900)
+    name = end.partition("=")[0]
+    with pytest.raises(UserError, match=f"seed-0: it is finished with {name}={was}, and is not shortened to "):
+        plan_study(tmp_path, 2, [], [end])

@@ -19,6 +19,8 @@ def _four_cores(monkeypatch: pytest.MonkeyPatch) -> None:
         (2, (), 20, 2, 2),
         (1, (), 20, 1, 4),
         (None, (), 3, 3, 1),
+        (None, (), 1, 1, 1),
+        (2, (), 1, 1, 2),
         (8, (), 20, 8, 1),
         (None, ("train.threads=2",), 20, 2, None),
         (None, ("sync.mode=exact",), 20, 4, None),
