@@ -19,10 +19,11 @@ from torch import nn
 import digitdist
 from digitdist.checkpoint import Checkpoint, weights_sha256
 from digitdist.config import ENDS, KEYS, as_overrides, printable, shown
-from digitdist.data import DATA_SETS
+from digitdist.data import DATA_SETS, DataSetInfo
 from digitdist.evaluate import Evaluation, calibration, share_in_words, wilson_interval
+from digitdist.export.parity import run_name
 from digitdist.model_state import model_state
-from digitdist.runs import StoredRun
+from digitdist.runs import StoredRun, read_attempts
 
 HUB_DATA_SETS = {
     "mnist": "ylecun/mnist",
@@ -45,15 +46,16 @@ def card_text(run: StoredRun, stored: Checkpoint, network: nn.Module, result: Ev
     Its weights are in `network` and give `result` on the test images; `licence` is an identifier of the Hub's, such as ``mit``.
     """
     info, config, state = run.info, run.config, stored.state
-    was = state.get("config")
+    was, environment = state.get("config"), _environment(run, stored)
     return _template().render(
         metadata=Plain(_metadata(run, result, licence)),
         name=_name(run),
+        digits=_holds_digits(info),
         network=type(network).__name__,
         num_parameters=sum(parameter.numel() for parameter in network.parameters()),
         info=info,
         classes=Plain(", ".join(map(markdown, info.classes[:MAX_NAMES])) + (", …" if info.num_classes > MAX_NAMES else "")),
-        version=Plain(digitdist.__version__),
+        version=environment["digitdist"] or digitdist.__version__,
         target=config.model.target,
         result=result,
         accuracy=Plain(share_in_words(result.correct, result.total)),
@@ -65,8 +67,9 @@ def card_text(run: StoredRun, stored: Checkpoint, network: nn.Module, result: Ev
         mode=config.sync.mode,
         world_size=_world_size(stored),
         seed=Plain(config.seed),
+        **environment,
         weights=Plain(weights_sha256(model_state(network))),
-        command=Plain(_command(run, stored)),
+        command=Plain(_command(run, stored, environment["threads"])),
         resumed=isinstance(was, dict) and was.get("checkpoint.resume", "auto") not in ("auto", "never"),
     )
 
@@ -116,7 +119,7 @@ def _metadata(run: StoredRun, result: Evaluation, licence: str) -> str:
         license=licence,
         library_name="digitdist",
         pipeline_tag="image-classification",
-        tags=["image-classification", "digits", "pytorch", "digitdist"],
+        tags=["image-classification", *(["digits"] if _holds_digits(run.info) else []), "pytorch", "digitdist"],
         datasets=[hub_id] if hub_id else None,
         metrics=["accuracy"],
         model_name=_name(run),
@@ -150,10 +153,27 @@ def _confusion(classes: Sequence[str], result: Evaluation) -> dict[str, Plain | 
     }
 
 
-def _command(run: StoredRun, stored: Checkpoint) -> str:
-    """The command line that trains the weights in `stored` again, for a shell; a folder of the user's is ``DIR``."""
+def _environment(run: StoredRun, stored: Checkpoint) -> dict[str, Any]:
+    """What the weights in `stored` were trained on, by the last attempt of the run that came to them, None where that does not
+    tell it; and whether earlier attempts ran on something else (``mixed``)."""
+    attempts = [attempt for attempt in read_attempts(run.folder) if attempt["step"] < stored.step]
+    last = attempts[-1] if attempts else {}
+    texts = ("device", "device_name", "torch", "digitdist")
+    told: dict[str, Any] = {name: shown(last[name]) if isinstance(last.get(name), str) else None for name in texts}
+    threads, key = last.get("threads"), KEYS["train.threads"]
+    told["threads"] = threads if type(threads) is int and key.in_range(threads) else run.config.train.threads
+    altering = (*texts, "threads", *(() if run.config.sync.mode == "exact" else ("world_size",)))
+    earlier = [attempt for attempt in attempts if attempt["step"] < last["step"]]
+    told["mixed"] = any(attempt.get(name) != last.get(name) for attempt in earlier for name in altering)
+    return told
+
+
+def _command(run: StoredRun, stored: Checkpoint, threads: int | None) -> str:
+    """The command line that trains the weights in `stored` again, on so many threads a process, for a shell; a folder of the
+    user's is ``DIR``."""
     config, size = run.config, _world_size(stored)
-    fixed = {"train.precision": run.trained_precision(stored), "train.max_steps": stored.step}
+    fixed: dict[str, Any] = {"train.precision": run.trained_precision(stored), "train.max_steps": stored.step}
+    fixed |= {"train.threads": threads} if threads else {}
     names = [
         name for name, key in KEYS.items() if key.alters_result_in(config.sync.mode) or name in (*ENDS, "train.eval_every")
     ]
@@ -165,7 +185,12 @@ def _command(run: StoredRun, stored: Checkpoint) -> str:
 
 
 def _name(run: StoredRun) -> str:
-    return shown(run.folder.resolve().name)
+    return shown(run_name(run))
+
+
+def _holds_digits(info: DataSetInfo) -> bool:
+    """Whether the classes are digits, or some of them."""
+    return {*info.classes} <= {*DATA_SETS["mnist"].classes}
 
 
 def _world_size(stored: Checkpoint) -> int:

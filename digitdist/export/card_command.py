@@ -53,4 +53,6 @@ def make_card(run: StoredRun, arguments: argparse.Namespace) -> str:
         raise UserError(f"{folder.parent} is a link out of the run's folder; give --output FOLDER")
     check_card_folder(folder)
     print_main(export_card(run, arguments.checkpoint, folder, arguments.license))
-    return push(folder, arguments.push, arguments.public) if arguments.push else f"to load it: digitdist.load({str(folder)!r})"
+    if arguments.push:
+        return push(folder, arguments.push, arguments.public)
+    return f"to load it: digitdist.load({str(folder)!r}{', trust=True' if run.config.model.target else ''})"

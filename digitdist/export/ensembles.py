@@ -30,7 +30,7 @@ def export_ensemble(runs: Sequence[StoredRun], which: str, form: str, file: Path
     for run in runs:
         run.check_form(splits.info)
         stored = run.checkpoint(which)
-        classifiers.append(Classifier(run.model(stored), run.info))
+        classifiers.append(Classifier(run.model(stored), run.info, f"the model of {run.folder}"))
         own, labels = probabilities(classifiers[-1], test)
         given.append(own)
         correct = int((own.argmax(1) == labels).sum())

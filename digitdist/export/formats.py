@@ -24,17 +24,21 @@ from digitdist.model_state import load_model_state, model_state
 from digitdist.models import build_model
 
 INPUT, OUTPUT = "images", "probabilities"
+MAX_REASON = 300  # characters of a message of torch's, which goes on with its internals
 Metadata = dict[str, Any]
 Classify = Callable[[Tensor], Tensor]  # uint8 [n, h, w] or [n, 3, h, w] to float32 [n, classes]
 
 
 class Classifier(nn.Module):
-    """Raw images, uint8 [n, h, w] or [n, 3, h, w], to probabilities, float32 [n, classes], by a network in evaluation mode."""
+    """Raw images, uint8 [n, h, w] or [n, 3, h, w], to probabilities, float32 [n, classes], by a network in evaluation mode.
 
-    def __init__(self, network: nn.Module, info: DataSetInfo):
+    `name`: what a message calls it.
+    """
+
+    def __init__(self, network: nn.Module, info: DataSetInfo, name: str = "the model"):
         super().__init__()
-        self.network, self.info = network, info
-        self.eval()
+        self.network, self.info, self.name = network, info, name
+        self.eval().requires_grad_(False)  # or what a file gives could not be turned into an array as it is
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network(normalise(images, self.info)).float().softmax(1)
@@ -45,7 +49,7 @@ class EnsembleClassifier(nn.Module):
 
     def __init__(self, members: Sequence[Classifier]):
         super().__init__()
-        self.members, self.info = nn.ModuleList(members), members[0].info
+        self.members, self.info, self.name = nn.ModuleList(members), members[0].info, "the ensemble"
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -65,7 +69,11 @@ def trace(classifier: AnyClassifier) -> torch.export.ExportedProgram:
     try:
         program = torch.export.export(classifier, (example,), dynamic_shapes={INPUT: {0: torch.export.Dim("n")}}, strict=False)
     except Exception as error:  # a user's network may raise anything
-        raise UserError(f"the model cannot be traced; --format safetensors takes any model: {in_one_line(error)}") from error
+        for member in classifier.members if isinstance(classifier, EnsembleClassifier) else ():
+            assert isinstance(member, Classifier)
+            trace(member)  # which names the one that cannot be
+        advice = "--format safetensors takes any model, of one run at a time"
+        raise UserError(f"{classifier.name} cannot be traced; {advice}: {in_one_line(error)[:MAX_REASON]}") from error
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # paths of this machine, which concern nobody else
     return program
@@ -88,7 +96,7 @@ def to_onnx(classifier: AnyClassifier, metadata: Metadata) -> bytes:
     try:
         program = torch.onnx.export(trace(classifier), dynamo=True, verbose=False, **names)
     except torch.onnx.OnnxExporterError as error:
-        reason = in_one_line(error.__cause__ or error)  # the error itself is mostly advice to PyTorch's developers
+        reason = in_one_line(error.__cause__ or error)[:MAX_REASON]  # the error itself is mostly advice to PyTorch's developers
         raise UserError(f"ONNX cannot hold the model; --format torch may: {reason}") from error
     assert program is not None
     program.model.metadata_props.update(_as_text(metadata))

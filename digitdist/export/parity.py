@@ -23,7 +23,7 @@ from digitdist.evaluate import saved_predictions
 from digitdist.export.formats import FORMATS, AnyClassifier, Classifier, Classify, Metadata
 from digitdist.files import write_synced
 from digitdist.model_state import model_state
-from digitdist.runs import StoredRun
+from digitdist.runs import StoredRun, seeds_in
 
 PRECISION = "fp32"  # of an exported file
 
@@ -96,7 +96,7 @@ def describe(run: StoredRun, stored: Checkpoint, network: nn.Module, correct: in
     model, info = run.config.model, run.info
     return {
         "digitdist_version": digitdist.__version__,
-        "run": run.folder.resolve().name,
+        "run": run_name(run),
         "step": stored.step,
         "weights_sha256": weights_sha256(model_state(network)),
         "model": model.target or model.name,
@@ -111,6 +111,12 @@ def describe(run: StoredRun, stored: Checkpoint, network: nn.Module, correct: in
         "precision": PRECISION,  # of the file, and of these counts
         "trained_precision": run.trained_precision(stored),
     }
+
+
+def run_name(run: StoredRun) -> str:
+    """The name of a run's folder, after that of its study where it is of one: every study has a ``seed-0``."""
+    folder = run.folder.resolve()
+    return f"{folder.parent.name} {folder.name}" if folder in seeds_in(folder.parent).values() else folder.name
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 import digitdist
-from digitdist.checkpoint import Checkpoint
+from digitdist.checkpoint import Checkpoint, Tensors
 from digitdist.config import Config, ModelConfig, shown
 from digitdist.data import DataSetInfo
 from digitdist.errors import UserError, in_one_line
@@ -36,7 +36,11 @@ def card_content(run: StoredRun, stored: Checkpoint, network: nn.Module, card: s
     """The content of each file of the folder for checkpoint `stored` of `run`, whose weights are in `network`.
 
     `card`: the text of the model card.
+
+    Raises:
+        UserError: the weights hold NaN or infinity.
     """
+    _check_weights(run.folder, network)
     model, info = run.config.model, run.info
     config = {
         "library_name": "digitdist",
@@ -75,14 +79,16 @@ def load_folder(folder: Path, trust: bool, read: ReadFile | None = None) -> Trai
     """The model in a folder of that form; `read` gives the content of a file of it, if it does not lie there as it is.
 
     Raises:
-        UserError: a file is missing, damaged or not of this form; or a network that is no part of this package is named, and
-            not to be executed without `trust`.
+        UserError: a file other than the card is missing, or one is damaged or not of this form; or a network that is no part of
+            this package is named, and not to be executed without `trust`.
     """
 
     def content(name: str) -> bytes:
         try:
             return read(name) if read else read_plain(folder / name, CARD_FILES[name])
         except OSError as error:
+            if name == README and isinstance(error, FileNotFoundError):
+                return b""
             raise UserError(f"{folder / name}: {error.strerror or in_one_line(error)}; export the model again") from None
 
     try:
@@ -99,8 +105,28 @@ def load_folder(folder: Path, trust: bool, read: ReadFile | None = None) -> Trai
         )
     run = StoredRun(folder, dataclasses.replace(Config(), model=model), info, made_here=False)
     stored = Checkpoint({"model": tensors}, {"precision": config.get("precision")}, folder)
-    card = content(README).decode(errors="replace")
-    return TrainedModel(run.model(stored), info, run.precision(stored, "cpu"), card)
+    card = content(README).decode(errors="replace") or None
+    network = run.model(stored)
+    _check_weights(folder, network, tensors)
+    return TrainedModel(network, info, run.precision(stored, "cpu"), card)
+
+
+def _check_weights(folder: Path, network: nn.Module, tensors: Tensors | None = None) -> None:
+    """Refuses a `network` whose weights are not finite, or were cast from complex `tensors`. A buffer may hold infinity, as a
+    mask does.
+
+    Raises:
+        UserError: naming a tensor.
+    """
+    parameters = {name for name, _ in network.named_parameters(remove_duplicate=False)}
+    for name, tensor in model_state(network).items():
+        reason = None
+        if tensors and name in tensors and tensors[name].is_complex() and not tensor.is_complex():
+            reason = "is complex, and the network's is not"
+        elif tensor.isnan().any() or (name in parameters and tensor.isinf().any()):
+            reason = "holds NaN or infinity"
+        if reason:
+            raise UserError(f"{shown(folder)} is damaged: {shown(name)} {reason}; export a good checkpoint")
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -13,37 +13,52 @@ from digitdist.files import read_plain
 from digitdist.loading.folder import CARD_FILES, CONFIG, load_folder
 from digitdist.loading.trained import TrainedModel
 from digitdist.runs import CONFIG as RUN_CONFIG
-from digitdist.runs import load_run
+from digitdist.runs import find_run, load_run, seeds_in, studies_in
 
 HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 
 
-def load(source: str | os.PathLike[str], *, checkpoint: str = "last", trust: bool = False) -> TrainedModel:
+def load(source: str | os.PathLike[str], *, checkpoint: str | int = "last", trust: bool = False) -> TrainedModel:
     """The model of a run, of a folder that ``export --format card`` has made, or of a repository on the Hugging Face Hub that
     holds the files of such a folder.
 
-    `source`: a folder, the name of a run in ``runs``, or a Hub id, ``USER/NAME``; what is on the disk comes first.
-    `checkpoint`: of a run, ``last``, ``best`` or a step. `trust`: whether the network that a run or a folder of somebody else's
-    names may be executed, where it is not one of this package's; it must be on ``PYTHONPATH``, since nothing that comes with
-    the weights is executed.
+    `source`: a folder, the name of a run in ``runs``, or a Hub id, ``USER/NAME``; what is on the disk comes first, and a name
+    that begins with a folder's is not asked of the Hub. `checkpoint`: of a run, ``last``, ``best`` or a step. `trust`: whether
+    the network that a run or a folder of somebody else's names may be executed, where it is not one of this package's; it must
+    be on ``PYTHONPATH``, since nothing that comes with the weights is executed.
 
     Raises:
         UserError: there is no such model, it is damaged, or it needs `trust`.
     """
     with generators_kept():  # a network's initial weights are drawn before the stored ones take their place
-        return _load(os.fspath(source), checkpoint, trust)
+        return _load(os.fspath(source), str(checkpoint), trust)
 
 
 def _load(name: str, checkpoint: str, trust: bool) -> TrainedModel:
-    for folder in (Path(os.path.expanduser(name)), Path("runs") / name):
-        if (folder / RUN_CONFIG).is_file():
+    places = _places(name)
+    for folder in places:
+        if os.path.isfile(folder / RUN_CONFIG):  # a name may be too long for any folder
             return _load_run(folder, checkpoint, trust)
-        if (folder / CONFIG).is_file():
+        if os.path.isfile(folder / CONFIG):
             return load_folder(folder, trust)
-    if os.path.exists(os.path.expanduser(name)) or not HUB_ID.fullmatch(name):
-        files = f"a run has a {RUN_CONFIG}, an exported model a {CONFIG}"
-        raise UserError(f"{shown(name)}: no model there; give a run, a folder of export --format card, or USER/NAME ({files})")
-    return _load_from_hub(name, trust)
+    study = next((folder for folder in places if seeds_in(folder) or studies_in(folder)), None)
+    if study:
+        return _load_run(find_run(str(study)), checkpoint, trust)  # which says what to name instead
+    found = ""
+    if HUB_ID.fullmatch(name):
+        here = [folder for folder in _places(name.partition("/")[0]) if os.path.isdir(folder)]
+        if not here:
+            return _load_from_hub(name, trust)
+        found = f", and the Hub is not asked for what would be in the folder {here[0]}"
+    files = f"a run has a {RUN_CONFIG}, an exported model a {CONFIG}"
+    raise UserError(
+        f"{shown(name)}: no model there{found}; give a run, a folder of export --format card, or USER/NAME ({files})"
+    )
+
+
+def _places(name: str) -> tuple[Path, Path]:
+    """Where a model of this name may be on the disk, the first place first."""
+    return Path(os.path.expanduser(name)), Path("runs") / name
 
 
 def _load_run(folder: Path, checkpoint: str, trust: bool) -> TrainedModel:

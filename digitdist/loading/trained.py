@@ -63,7 +63,7 @@ class TrainedModel:
         """uint8 [n, h, w], or [n, 3, h, w] in colour."""
         if isinstance(images, np.ndarray | Tensor):
             return self._checked(images)
-        items = [images] if isinstance(images, str | os.PathLike | Image.Image) else list(images)
+        items = list(images) if isinstance(images, Sequence) and not isinstance(images, str | bytes | bytearray) else [images]
         parts = [self._checked(item) if isinstance(item, np.ndarray | Tensor) else self._form(item)[None] for item in items]
         return torch.cat([torch.empty(0, *self.info.raw_shape, dtype=torch.uint8), *parts])
 
@@ -83,8 +83,13 @@ class TrainedModel:
         """A picture in the form of the model's images."""
         if not isinstance(picture, str | os.PathLike | Image.Image):
             kind = type(picture).__name__
-            raise UserError(f"an image that is a {kind} is not allowed; give an array, a PIL image or a file's name")
+            raise UserError(
+                f"an image of type {kind} is not allowed; give a uint8 array, a PIL image, a file's name, or a list of these"
+            )
         name = "a PIL image" if isinstance(picture, Image.Image) else shown(os.fspath(picture))
+        if isinstance(picture, Image.Image) and 0 in picture.size:
+            width, height = picture.size
+            raise UserError(f"{name} of {width}×{height} pixels is not allowed, since it is empty; give one with pixels")
         try:
             decoded = (
                 upright_picture(picture) if isinstance(picture, Image.Image) else open_picture(read_picture(os.fspath(picture)))

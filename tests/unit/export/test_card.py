@@ -18,7 +18,7 @@ import torch
 from helpers.hub_server import COMMIT, TOKEN, HubServer
 from helpers.launching import QUIET, accelerate, python
 from helpers.runs import result
-from helpers.stored_runs import made_run
+from helpers.stored_runs import made, made_run
 from huggingface_hub import ModelCard
 
 import digitdist
@@ -29,7 +29,8 @@ from digitdist.evaluate import wilson_interval
 from digitdist.export import card, card_folder
 from digitdist.export.__main__ import main
 from digitdist.loading import CARD_FILES
-from digitdist.runs import load_run
+from digitdist.runs import StoredRun, load_run
+from digitdist.runs.attempts import write_attempts
 
 FILES = ["README.md", "config.json", "model.safetensors", "preprocessor_config.json"]
 
@@ -109,6 +110,79 @@ def test_the_tables_of_a_card_are_those_of_the_predictions(run: Path, few: Split
     assert sum(int(row.split(" | ")[1]) for row in bins) == 200
 
 
+def card_of(run: Path) -> str:
+    """The text of a run's card, with made up results."""
+    loaded = load_run(str(run), [])
+    stored, predicted = loaded.checkpoint("last"), np.zeros(5, np.int64)
+    told = card.Evaluation(np.arange(5), predicted, predicted, np.ones(5), np.zeros(5), num_classes=loaded.info.num_classes)
+    return card.card_text(loaded, stored, loaded.model(stored), told, "mit")
+
+
+def attempt(**values: object) -> dict[str, object]:
+    told = {"device": "cpu", "device_name": "Old [CPU]", "torch": "9.8.7", "digitdist": "0.0.9", "threads": 1}
+    return {"step": 0, "world_size": 1, "wandb_id": "x"} | told | values
+
+
+def test_a_card_tells_what_trained_the_weights_and_its_command_asks_for_as_many_threads(run: Path):
+    assert not re.search(r"threads [0-9]|by torch|train\.threads", card_of(run)), "an attempt that has left no record"
+    write_attempts(run, [attempt(threads=3), attempt(step=5, threads=7)])  # the second has gone on from these weights
+    text = card_of(run)
+    body = text.replace("\\", "").replace("\n", " ")
+    assert "on 1 process, threads 3 a process, on cpu (Old [CPU]), by torch 9.8.7, with seed 0." in body
+    assert "by digitdist 0.0.9" in body
+    assert "Earlier attempts" not in body
+    assert "train.threads=3" in command_in(text)
+    write_attempts(run, [attempt(threads=2), attempt(step=3, threads=4)])
+    assert "Earlier attempts of the training ran on something else" in card_of(run)
+    assert "train.threads=4" in command_in(card_of(run))
+
+
+@pytest.mark.parametrize("threads", [None, "2", 0, 10**9, True])
+def test_where_no_attempt_tells_the_threads_those_of_the_configuration_count(threads: object, tmp_path: Path):
+    run = made_run(tmp_path / "runs/a", "train.threads=2")
+    write_attempts(run, [attempt(threads=threads, device=7, torch=None)])
+    assert "train.threads=2" in command_in(card_of(run))
+    assert "by torch" not in card_of(run)
+
+
+def test_a_run_of_a_study_is_called_by_the_study_and_its_seed(tmp_path: Path):
+    text = card_of(made_run(tmp_path / "runs/alpha/seed-0"))
+    assert "\n# alpha seed\\-0\n" in text
+    assert "name: alpha seed-0\n" in text
+    assert "\n# seed\\-copy\n" in card_of(made_run(tmp_path / "runs/alpha/seed-copy"))
+
+
+def test_digits_are_named_where_the_classes_are_digits_alone(run: Path, tmp_path: Path):
+    colours = DataSetInfo("folder", (0.5,), (0.5,), ("red", "green", "blue"))
+    other = card_of(made(tmp_path / "runs/b", info=colours)[0])
+    assert not re.search(r"digit\b|digits|writers", other)
+    assert "It takes one object a picture" in other
+    for word in ("- digits\n", '"digit.png"', "one digit a picture", "Of other writers"):
+        assert word in card_of(run)
+
+
+@pytest.mark.usefixtures("few")
+def test_the_printed_line_loads_the_folder_also_where_it_needs_trust(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = made_run(tmp_path / "runs/a", "model.target=helpers.networks.Tied")
+    call(run)
+    line = capsys.readouterr().out.splitlines()[-1].removeprefix("to load it: ")
+    assert eval(line).classes == DataSetInfo("", (), ()).classes
+    assert 'digitdist.load("FOLDER or USER/NAME", trust=True)' in digitdist.load(run / "export/card", trust=True).card
+
+
+def test_weights_that_are_not_finite_are_not_exported(run: Path, monkeypatch: pytest.MonkeyPatch):
+    as_it_is = StoredRun.model
+
+    def spoilt(*arguments: object) -> torch.nn.Module:
+        network = as_it_is(*arguments)
+        next(network.parameters()).data.view(-1)[0] = torch.nan
+        return network
+
+    monkeypatch.setattr(StoredRun, "model", spoilt)
+    with pytest.raises(UserError, match=rf"{run} is damaged: \S+ holds NaN or infinity; export a good checkpoint"):
+        call(run)
+
+
 @pytest.mark.usefixtures("few")
 def test_a_card_is_written_anew_and_other_files_are_left_alone(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     folder = tmp_path / "new/card"
@@ -182,7 +256,7 @@ def test_the_command_of_a_card_is_one_line_that_a_shell_takes_as_it_is_meant(run
     stored = loaded.checkpoint("last")
     meant = ("model.name=convnet", "model.args={note: '$(touch x); `y` | <b> ## ~', channels: [8, 16]}", "train.patience=3")
     config = load_config((), [*meant, "data.validation=9", "train.epochs=7", "tracking.notes=mine", "run.name=b"])
-    told = command_in(f"    {card._command(dataclasses.replace(loaded, config=config), stored)}\n")
+    told = command_in(f"    {card._command(dataclasses.replace(loaded, config=config), stored, None)}\n")
     assert told[:4] == ["accelerate", "launch", "-m", "digitdist.train"]
     again = load_config((), told[4:])
     wanted = load_config((), [*meant, "data.validation=9", "train.epochs=7", "train.max_steps=5", "train.precision=fp32"])
@@ -255,8 +329,8 @@ def test_what_a_card_alone_has_is_refused_with_other_formats(run: Path, argument
 def test_a_copy_elsewhere_predicts_every_test_image_as_the_run_did_and_the_cards_command_trains_it_again(
     place: Path, tmp_path_factory: pytest.TempPathFactory, splits: Splits, options: tuple[str, ...]
 ):
-    own = (*options, "train.max_steps=12", "seed=3", "optim.lr=0.002", "train.threads=1", "model.args={}")
-    done = python("-m", "digitdist.train", *QUIET, *own, "run.name=a", cwd=place)
+    own = (*options, "train.max_steps=12", "seed=3", "optim.lr=0.002", "model.args={}")
+    done = python("-m", "digitdist.train", *QUIET, *own, "train.threads=1", "run.name=a", cwd=place)
     assert done.code == 0, done.err
     done = python("-m", "digitdist.export", "a", "--format", "card", cwd=place)
     assert (done.code, done.err) == (0, "")
@@ -268,7 +342,7 @@ def test_a_copy_elsewhere_predicts_every_test_image_as_the_run_did_and_the_cards
     assert np.allclose(found.max(1), saved["probability"], atol=1e-6 if "cnn" in options[0] else 0.02)
 
     launch = command_in(model.card)[2:]
-    again = accelerate(*launch, *QUIET, "train.threads=1", "run.name=again", cwd=place)
+    again = accelerate(*launch, *QUIET, "run.name=again", cwd=place)
     assert again.code == 0, again.err
     weights = result(place / "runs/again")["weights_sha256"]
     assert weights == result(place / "runs/a")["weights_sha256"]

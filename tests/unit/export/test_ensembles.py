@@ -18,6 +18,7 @@ from digitdist.data import Splits
 from digitdist.errors import UserError
 from digitdist.export import formats
 from digitdist.export.__main__ import main
+from digitdist.export.parity import describe
 from digitdist.predict.ensembles import open_ensemble
 from digitdist.runs import load_runs
 
@@ -49,7 +50,7 @@ def call(*arguments: str) -> None:
 
 def given(file: Path, images: torch.Tensor) -> np.ndarray:
     if file.suffix == ".pt2":
-        return torch.export.load(file).module()(images).detach().numpy()
+        return torch.export.load(file).module()(images).numpy()
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     return session.run(["probabilities"], {"images": images.numpy()})[0]
 
@@ -102,6 +103,25 @@ def test_a_file_that_predicts_otherwise_than_the_mean_is_not_kept(place: Path, m
     with pytest.raises(RuntimeError, match=r"predicts [\d,]+ of 1,010 test images differently"):
         call(*RUNS, "--format", "torch")
     assert [path.name for path in place.iterdir()] == ["runs"]
+
+
+@pytest.mark.usefixtures("place")
+def test_a_member_that_no_graph_can_hold_is_named_with_what_can_be_done(capfd: pytest.CaptureFixture[str]):
+    made(Path("runs/d"), "model.target=helpers.networks.Moody")
+    advice = "the model of runs/d cannot be traced; --format safetensors takes any model, of one run at a time: "
+    for form in ("onnx", "torch"):
+        with pytest.raises(UserError) as error:
+            call("a", "d", "--format", form)
+        assert str(error.value).startswith(advice)
+        assert len(str(error.value)) <= len(advice) + 300
+    assert capfd.readouterr() == ("", "")
+
+
+def test_runs_of_two_studies_are_told_apart(tmp_path: Path):
+    runs = [made(tmp_path / "runs" / study / "seed-0")[0] for study in ("alpha", "beta")]
+    loaded = load_runs([str(run) for run in runs], [], needs_data=False)
+    told = [describe(run, run.checkpoint("last"), run.model(run.checkpoint("last")), 1, 2)["run"] for run in loaded]
+    assert told == ["alpha seed-0", "beta seed-0"]
 
 
 @pytest.mark.parametrize(

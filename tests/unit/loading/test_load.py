@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from helpers.launching import python
 from helpers.stored_runs import made_folder, made_run
@@ -60,7 +63,8 @@ def test_a_run_and_the_folder_made_of_it_predict_as_the_network_does(run: Path, 
 def test_a_run_is_found_by_its_name(run: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(run.parents[1])
     assert digitdist.load("a").classes == MNIST.classes
-    assert digitdist.load("a", checkpoint="5").classes == MNIST.classes
+    for step in ("5", 5):
+        assert digitdist.load("a", checkpoint=step).classes == MNIST.classes
 
 
 def test_one_image_may_be_had_in_any_form(run: Path, splits: Splits, tmp_path: Path):
@@ -101,7 +105,13 @@ def test_one_image_may_be_had_in_any_form(run: Path, splits: Splits, tmp_path: P
         (torch.zeros(3, 1, 28, 28, dtype=torch.uint8), "shape (3, 1, 28, 28) are not allowed"),
         ("gone.png", "gone.png: it cannot be read: No such file or directory"),
         (Image.new("L", (40, 40)), "a PIL image: "),
-        ([7], "an image that is a int is not allowed"),
+        (Image.new("L", (0, 0)), "a PIL image of 0×0 pixels is not allowed, since it is empty; give one with pixels"),
+        ([7], "an image of type int is not allowed; give a uint8 array, a PIL image, a file's name, or a list of these"),
+        (None, "an image of type NoneType is not allowed; give"),
+        (3, "an image of type int is not allowed; give"),
+        (b"\x89PNG", "an image of type bytes is not allowed; give"),
+        (io.BytesIO(b"x"), "an image of type BytesIO is not allowed; give"),
+        ({"a.png": 1}, "an image of type dict is not allowed; give"),
         (".", ".: there is no image file in this folder"),
     ],
 )
@@ -200,7 +210,59 @@ def test_a_link_in_a_folder_is_not_followed(folder: Path, tmp_path: Path):
         digitdist.load(folder)
 
 
-@pytest.mark.parametrize("source", ["no such thing", "gone/", "a/b/c", "/gone", "~nobody/x", ""])
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda tensor: torch.full_like(tensor, torch.nan), "holds NaN or infinity"),
+        (lambda tensor: torch.full_like(tensor, torch.inf), "holds NaN or infinity"),
+        (lambda tensor: tensor.double() + 1e300, "holds NaN or infinity"),
+        (lambda tensor: tensor.to(torch.complex64), "is complex, and the network's is not"),
+    ],
+    ids=["nan", "inf", "overflow", "complex"],
+)
+@pytest.mark.filterwarnings("ignore:Casting complex values")
+def test_weights_that_are_not_finite_or_not_real_are_damage(
+    folder: Path, change: Callable[[torch.Tensor], torch.Tensor], reason: str
+):
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    name = next(iter(dict(network_of(folder.parent / "runs/a").named_parameters())))
+    safetensors.torch.save_file(tensors | {name: change(tensors[name])}, folder / "model.safetensors")
+    with pytest.raises(UserError) as told:
+        digitdist.load(folder)
+    assert str(told.value) == f"{folder} is damaged: {name} {reason}; export a good checkpoint"
+
+
+def test_a_folder_without_a_card_loads(folder: Path):
+    (folder / "README.md").unlink()
+    model = digitdist.load(folder)
+    assert model.card is None
+    assert model.predict(np.zeros((2, 28, 28), np.uint8)).shape == (2,)
+
+
+def test_of_a_study_or_a_grid_it_is_said_what_to_name_instead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("alpha/seed-0", "alpha/seed-1", "grid/lr/seed-0"):
+        made_run(Path("runs") / name)
+    with pytest.raises(UserError, match="a study of 2 runs, not a run; name one of them, such as runs/alpha/seed-0"):
+        digitdist.load("alpha")
+    with pytest.raises(UserError, match="a grid of 1 studies; name one of them, such as runs/grid/lr"):
+        digitdist.load("grid")
+    assert digitdist.load("alpha/seed-1").classes == MNIST.classes
+
+
+@pytest.mark.parametrize("place", ["runs/alpha", "alpha"])
+def test_a_name_that_begins_with_a_folders_is_not_asked_of_the_hub(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # to import it would be an error
+    Path(place).mkdir(parents=True)
+    with pytest.raises(UserError) as told:
+        digitdist.load("alpha/seed-9")
+    wanted = f"alpha/seed-9: no model there, and the Hub is not asked for what would be in the folder {place}; give a run,"
+    assert str(told.value).startswith(wanted)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("source", ["no such thing", "gone/", "a/b/c", "/gone", "~nobody/x", "", "x" * 5000])
 def test_what_is_no_model_is_told_in_a_line_and_not_asked_of_the_hub(
     source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
