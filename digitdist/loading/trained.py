@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from typing import TypeAlias
 
 import numpy as np
@@ -17,7 +18,7 @@ from digitdist.errors import UserError, in_one_line
 from digitdist.predict import predict
 
 Picture: TypeAlias = "str | os.PathLike[str] | Image.Image"
-Images: TypeAlias = "np.ndarray | Tensor | Picture | Sequence[np.ndarray | Tensor | Picture]"
+Images: TypeAlias = "np.ndarray | Tensor | Picture | Iterable[np.ndarray | Tensor | Picture]"
 CHUNK = 125  # images computed at once, as in an evaluation by default
 
 
@@ -46,7 +47,7 @@ class TrainedModel:
     def probabilities(self, images: Images) -> np.ndarray:
         """The probability of each class for each image: float32 [n, classes].
 
-        `images`: one or a sequence of
+        `images`: one, or any number, of
 
         * file names and PIL images of any size and colours, which are brought to the form of the model's images as the command
           ``predict`` does;
@@ -63,7 +64,9 @@ class TrainedModel:
         """uint8 [n, h, w], or [n, 3, h, w] in colour."""
         if isinstance(images, np.ndarray | Tensor):
             return self._checked(images)
-        items = list(images) if isinstance(images, Sequence) and not isinstance(images, str | bytes | bytearray) else [images]
+        items: list[object] = [images]
+        if isinstance(images, Iterable) and not isinstance(images, str | bytes | Mapping | io.IOBase):
+            items = [*images]
         parts = [self._checked(item) if isinstance(item, np.ndarray | Tensor) else self._form(item)[None] for item in items]
         return torch.cat([torch.empty(0, *self.info.raw_shape, dtype=torch.uint8), *parts])
 

@@ -96,7 +96,7 @@ def test_runs_that_cannot_be_averaged_are_one_line_of_all_ranks_together(trained
     done = torchrun(2, *EVALUATE, "s", "--split", "validation", cwd=trained)
     (line,) = done.errors
     assert line.startswith(
-        "error: --split validation is not possible: runs/s/seed-3 (data.validation=100 seed=3) and runs/s/seed-4"
+        "error: --split validation is not possible: runs/s/seed-3 (data.validation=100 by seed 3) and runs/s/seed-4"
     )
     alone = python(*EVALUATE, "s", "--split", "validation", cwd=trained)
     assert (alone.code, alone.out, alone.err) == (EXIT_USER_ERROR, "", f"{line}\n")

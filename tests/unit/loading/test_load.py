@@ -88,6 +88,7 @@ def test_one_image_may_be_had_in_any_form(run: Path, splits: Splits, tmp_path: P
     assert len(mixed) == 5
     assert model.probabilities([]).shape == model.probabilities(splits.test.images[:0]).shape == (0, 10)
     assert model.predict([]).shape == (0,)
+    assert model.predict(part for part in (image, image)).shape == (2,)
     backwards = np.ascontiguousarray(image.numpy()[::-1])[::-1]
     assert model.probabilities(backwards).tobytes() == wanted.tobytes(), "an array that goes backwards in memory"
     fixed = image.numpy().copy()
