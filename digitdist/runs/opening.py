@@ -73,11 +73,11 @@ def open_run(config: Config, plan: Plan, splits: Splits, ending: Ending, launche
     """
     runs = Path(config.run.dir)
     name = config.run.name or run_of_launchers(runs, launchers)
-    if name and not (runs / name / CONFIG).is_file() and (seeds_in(runs / name) or studies_in(runs / name)):
-        raise UserError(f"{runs / name} is a study, a folder of runs; give another run.name")
     is_new, lock, folder = not name or not (runs / name).exists(), None, runs
     try:
         folder = runs / name if name else _make_folder_named_by_time(runs)
+        if not (folder / CONFIG).is_file() and (seeds_in(folder) or studies_in(folder)):
+            raise UserError(f"{folder} is a study, a folder of runs; give another run.name")
         lock = _lock(folder)
         run = Run(folder, platform.node(), token=secrets.token_hex(8), lock=lock)
         _resume_or_begin(run, config, plan, splits, ending, launchers, fit)

@@ -21,7 +21,7 @@ from digitdist.config import Parser, load_config
 from digitdist.distributed import StopRequest, make_expendable, run_command
 from digitdist.errors import RunsFailed, Stopped, UserError
 from digitdist.report import Study, as_study, read_study, summary, write_study_report
-from digitdist.runs import CONFIG, find_run_or_study
+from digitdist.runs import CONFIG, find_run_or_study, seeds_in
 from digitdist.study.grid import check_held_out, combinations, is_axis
 from digitdist.study.planning import Training, plan_study
 from digitdist.study.progress import Progress
@@ -43,6 +43,8 @@ def main() -> None:
     if arguments.seeds is None and not arguments.grid:
         find_run_or_study(str(folder), runs_dir)  # or what is there is told
     studies = combinations(arguments.grid, folder) if arguments.grid else {folder: []}
+    if arguments.grid and (seeds_in(folder) or (folder / CONFIG).is_file()):
+        raise UserError(f"{folder} is a study or a run, in which no grid has room; give another NAME")
     others = _others(arguments.against, runs_dir, folder)
     outcome = Outcome()
     if arguments.seeds is not None:

@@ -71,6 +71,12 @@ def test_a_finished_study_trains_nothing_again(unbroken: Path):
     assert [len(attempts(unbroken / f"runs/whole/seed-{seed}")) for seed in range(3)] == [1, 1, 1]
 
 
+def test_a_grid_has_no_room_in_a_study(unbroken: Path):
+    done = study("whole", "--seeds", "1", *SHORT, "data.validation=500", "--grid", "optim.lr=0.1,0.2", cwd=unbroken)
+    assert done.code == 2
+    assert done.errors == ["error: runs/whole is a study or a run, in which no grid has room; give another NAME"]
+
+
 def test_killed_twice_and_gone_on_with_it_is_the_same_study(place: Path, unbroken: Path):
     """Once by SIGKILL, which leaves its trainings to end by themselves, and once by SIGTERM."""
     command = [sys.executable, *COMMAND, "a", "--seeds", "3", "--jobs", "1", "train.threads=1", *SHORT]
