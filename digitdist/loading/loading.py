@@ -13,7 +13,7 @@ from digitdist.files import read_plain
 from digitdist.loading.folder import CARD_FILES, CONFIG, load_folder
 from digitdist.loading.trained import TrainedModel
 from digitdist.runs import CONFIG as RUN_CONFIG
-from digitdist.runs import find_run, load_run, seeds_in, studies_in
+from digitdist.runs import find_run, holds_runs, load_run
 
 HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 
@@ -41,7 +41,7 @@ def _load(name: str, checkpoint: str, trust: bool) -> TrainedModel:
             return _load_run(folder, checkpoint, trust)
         if os.path.isfile(folder / CONFIG):
             return load_folder(folder, trust)
-    study = next((folder for folder in places if seeds_in(folder) or studies_in(folder)), None)
+    study = next((folder for folder in places if holds_runs(folder)), None)
     if study:
         return _load_run(find_run(str(study)), checkpoint, trust)  # which says what to name instead
     found = ""

@@ -4,7 +4,7 @@ A new metric needs nothing here: whatever a training logs is recorded.
 """
 
 from digitdist.runs.attempts import read_attempts, record_end
-from digitdist.runs.ensembles import check_held_out, count_runs, load_runs, split_overrides
+from digitdist.runs.ensembles import check_held_out, count_runs, is_override, load_runs, split_overrides
 from digitdist.runs.finding import StoredRun, find_run, find_run_or_study, load_run, read_info, runs_of
 from digitdist.runs.finished import is_trained
 from digitdist.runs.folder import CONFIG, DATA_SET, ENVIRONMENT, PREDICTIONS, RESULT, Run
@@ -12,7 +12,7 @@ from digitdist.runs.metrics import METRICS, last_event, read_metrics
 from digitdist.runs.moving import fetch_run
 from digitdist.runs.opening import CHANGE_ADVICE, open_run
 from digitdist.runs.origin import made_here, mark_run
-from digitdist.runs.studies import has_result, is_in_use, seed_folder, seeds_in, studies_in
+from digitdist.runs.studies import has_result, holds_runs, is_in_use, seed_folder, seeds_in, studies_in
 from digitdist.runs.tracker import Tracker, start_tracker
 from digitdist.runs.wandb_media import Media, confusion_chart, image_table
 from digitdist.runs.wandb_server import has_wandb_key
@@ -39,8 +39,10 @@ __all__ = [
     "find_run_or_study",
     "has_result",
     "has_wandb_key",
+    "holds_runs",
     "image_table",
     "is_in_use",
+    "is_override",
     "is_trained",
     "last_event",
     "load_run",

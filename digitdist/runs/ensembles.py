@@ -17,11 +17,15 @@ from digitdist.runs.studies import seeds_in
 from digitdist.world import is_main
 
 
+def is_override(word: str) -> bool:
+    """Whether it is ``key=value``, and not a run, which may have a ``=`` behind a ``/``."""
+    return "=" in word.partition("/")[0]
+
+
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The names of runs among `arguments`, and each ``key=value``: the first is a run's, and so is another one in which no
-    ``=`` comes before a ``/``."""
+    """The names of runs among `arguments`, of which the first is one whatever it is, and each ``key=value``."""
     first, *others = arguments
-    overrides = [text for text in others if "=" in text.partition("/")[0]]
+    overrides = [text for text in others if is_override(text)]
     return [first, *(text for text in others if text not in overrides)], overrides
 
 
@@ -39,15 +43,15 @@ def load_runs(names: Sequence[str], overrides: Sequence[str], needs_data: bool =
     Raises:
         UserError: one of them cannot be loaded, is there twice, or does not share with the others what it must.
     """
-    folders = []
+    folders, place = list[Path](), _run_dir(overrides)
     for name in names:
-        found = runs_of(name, _run_dir(overrides))
-        num_others = len(seeds_in(find_run_or_study(name, _run_dir(overrides)))) - len(found)
+        found = runs_of(name, place)
+        num_others = len(seeds_in(find_run_or_study(name, place))) - len(found)
         if num_others > 0 and is_main():
             print(f"note: {name}: {num_others} of its runs are not finished, and left out", file=sys.stderr, flush=True)
         folders += found
     resolved = [folder.resolve() for folder in folders]
-    twice = next((folder for place, folder in enumerate(folders) if resolved[place] in resolved[:place]), None)
+    twice = next((folder for number, folder in enumerate(folders) if resolved[number] in resolved[:number]), None)
     if twice:
         raise UserError(f"{twice} is given twice, and would count double; give each run once")
     runs = [load_run(str(folder), overrides, needs_data) for folder in folders]

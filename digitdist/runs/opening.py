@@ -39,7 +39,7 @@ from digitdist.runs.finished import is_finished
 from digitdist.runs.folder import CONFIG, DATA_SET, LOCK, PREDICTIONS, RESULT, Run
 from digitdist.runs.metrics import truncate_metrics
 from digitdist.runs.origin import mark_run
-from digitdist.runs.studies import seeds_in, studies_in
+from digitdist.runs.studies import holds_runs
 from digitdist.world import print_main
 
 PLACES = ("run.dir", "run.name", "checkpoint.resume")  # where a run was trained and began; it may lie elsewhere now
@@ -76,7 +76,7 @@ def open_run(config: Config, plan: Plan, splits: Splits, ending: Ending, launche
     is_new, lock, folder = not name or not (runs / name).exists(), None, runs
     try:
         folder = runs / name if name else _make_folder_named_by_time(runs)
-        if not (folder / CONFIG).is_file() and (seeds_in(folder) or studies_in(folder)):
+        if not (folder / CONFIG).is_file() and holds_runs(folder):
             raise UserError(f"{folder} is a study, a folder of runs; give another run.name")
         lock = _lock(folder)
         run = Run(folder, platform.node(), token=secrets.token_hex(8), lock=lock)

@@ -33,6 +33,11 @@ def studies_in(folder: Path) -> list[Path]:
     return [path for path in sorted({file.parent.parent for file in files}) if seeds_in(path)]
 
 
+def holds_runs(folder: Path) -> bool:
+    """Whether a folder is a study or a grid."""
+    return bool(seeds_in(folder) or studies_in(folder))
+
+
 def has_result(run: Path) -> bool:
     """Whether a training has come to its end in this folder, as far as the names of files say."""
     return os.path.isfile(run / RESULT)

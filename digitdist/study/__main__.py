@@ -21,7 +21,7 @@ from digitdist.config import Parser, load_config
 from digitdist.distributed import StopRequest, make_expendable, run_command
 from digitdist.errors import RunsFailed, Stopped, UserError
 from digitdist.report import Study, as_study, read_study, summary, write_study_report
-from digitdist.runs import CONFIG, find_run_or_study, seeds_in
+from digitdist.runs import CONFIG, find_run_or_study, is_override, seeds_in
 from digitdist.study.grid import check_held_out, combinations, is_axis
 from digitdist.study.planning import Training, plan_study
 from digitdist.study.progress import Progress
@@ -92,8 +92,8 @@ def _arguments() -> argparse.Namespace:
         if number is not None and not 1 <= number <= MAX_RUNS:
             raise UserError(f"--{option} {number} is not allowed; it takes a whole number from 1 to {MAX_RUNS:,}")
     # Options that take several words take what follows them too.
-    arguments.overrides += [word for words in arguments.against for word in words if _is_override(word)]
-    arguments.against = [[word for word in words if not _is_override(word)] for words in arguments.against]
+    arguments.overrides += [word for words in arguments.against for word in words if is_override(word)]
+    arguments.against = [[word for word in words if not is_override(word)] for words in arguments.against]
     is_grid = bool(arguments.grid)
     arguments.overrides += [word for word in arguments.grid if not is_axis(word)]
     arguments.grid = [word for word in arguments.grid if is_axis(word)]
@@ -104,11 +104,6 @@ def _arguments() -> argparse.Namespace:
     if arguments.part is not None and arguments.seeds is None:
         parser.error("--part is of the runs that --seeds N trains; give both")
     return arguments
-
-
-def _is_override(word: str) -> bool:
-    """Whether it is ``key=value``, and not a run, which may have a ``=`` behind a ``/``."""
-    return "=" in word.partition("/")[0]
 
 
 def _place(arguments: argparse.Namespace) -> tuple[str, Path]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pty
 import subprocess
@@ -59,18 +58,6 @@ def worlds(
         texts = {size: [file.read_text() if file.exists() else "" for file in files] for size, files in printed.items()}
     assert done.code == 0, (done.err, texts)
     return {size: Outcome(done.code, *texts[size]) for size in sizes}
-
-
-def one_by_one(commands: Sequence[Sequence[str]], cwd: Path, env: dict[str, str]) -> dict[str, str]:
-    """What each command, such as ``("evaluate", "a")``, prints, by its name: all in one process; asserts that none fails."""
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        json.dump([[f"digitdist.{name}", *arguments] for name, *arguments in commands], file)
-        file.flush()
-        done = python("-m", "helpers.commands_worker", file.name, cwd=cwd, env=env)
-    assert done.code == 0, done.err
-    outcomes = json.loads(done.out)
-    assert not any(code for code, _, _ in outcomes), outcomes
-    return {name: out for (name, *_), (_, out, _) in zip(commands, outcomes, strict=True)}
 
 
 def accelerate(*arguments: str, cwd: Path, env: dict[str, str] | None = None, timeout: float = 100) -> Outcome:

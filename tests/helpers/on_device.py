@@ -176,14 +176,16 @@ class Trainings:
             self._found[name, size] = [{case: of_rank[case] for case in group.cases} for of_rank in found]
 
 
-def commands(command_lines: Mapping[str, Sequence[str]], cwd: Path, on_cpu: bool = False) -> dict[str, str]:
+def commands(
+    command_lines: Mapping[str, Sequence[str]], cwd: Path, on_cpu: bool = False, env: Mapping[str, str] | None = None
+) -> dict[str, str]:
     """What each of these commands prints, by its name: all in one process, on a GPU or on the CPU; asserts that none fails."""
     file = cwd / "commands.json"
     file.write_text(json.dumps(list(command_lines.values())))
     worker = ("helpers.commands_worker", str(file))
     program = [sys.executable, "-m", *worker] if on_cpu else command(*worker)
     hidden = HIDING | {"ACCELERATE_USE_CPU": "true"} if on_cpu else {}
-    done = run_in(environment(hidden), program, cwd, timeout=300)
+    done = run_in(environment({**hidden, **(env or {})}), program, cwd, timeout=300)
     assert done.code == 0, done.err
     outcomes = dict(zip(command_lines, json.loads(done.out), strict=True))
     for name, (code, _, err) in outcomes.items():

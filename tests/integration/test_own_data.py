@@ -11,8 +11,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from helpers import on_device
 from helpers.data_sets import write_folder
-from helpers.launching import BIN, CLEAN, QUIET, ROOT, one_by_one, python, torchrun
+from helpers.launching import BIN, CLEAN, QUIET, ROOT, python, torchrun
 from helpers.runs import assert_same_run, reached, result, wait_until
 from helpers.variants import soak
 
@@ -95,15 +96,15 @@ def test_own_images_give_the_same_weights_in_memory_and_streamed_and_every_comma
     assert class_name in json.loads((tmp_path / "runs/kept/data_set.json").read_text())["classes"]
 
     picture = next((tmp_path / "digits/test/digit 7").glob("*.png"))
-    commands = (
-        ("evaluate", "runs/streamed", "--json"),
-        ("predict", "streamed", str(picture), "--json"),
-        ("report", "kept", "streamed"),
-        ("export", "kept", "--format", "onnx"),
-        ("data", *data, "--plot", "samples.png"),
-        ("checkpoint", "verify", "kept"),
-    )
-    outputs = one_by_one(commands, tmp_path, env)
+    commands = {
+        "evaluate": ["digitdist.evaluate", "runs/streamed", "--json"],
+        "predict": ["digitdist.predict", "streamed", str(picture), "--json"],
+        "report": ["digitdist.report", "kept", "streamed"],
+        "export": ["digitdist.export", "kept", "--format", "onnx"],
+        "data": ["digitdist.data", *data, "--plot", "samples.png"],
+        "checkpoint": ["digitdist.checkpoint", "verify", "kept"],
+    }
+    outputs = on_device.commands(commands, tmp_path, on_cpu=True, env=env)
     assert json.loads(outputs["evaluate"])["correct"] == result(tmp_path / "runs/streamed")["test_correct"]
     assert json.loads(outputs["predict"])["class"] in json.loads((tmp_path / "runs/kept/data_set.json").read_text())["classes"]
     assert class_name in (tmp_path / "runs/kept/report.html").read_text()
